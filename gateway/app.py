@@ -1,0 +1,199 @@
+"""The gateway as one ASGI app: deny by default, the request path, and FastAPI for everything that is not hot.
+
+    python -m gateway        # serves it; settings in `gateway/settings.py`
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from loguru import logger
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+
+from gateway import errors, logs
+from gateway.auth import Authenticator, bearer
+from gateway.decode import ROUTES
+from gateway.metering import Meter, Receive, Scope, Send
+from gateway.metrics import GatewayMetrics, RequestMetrics
+from gateway.path import HeldBack, RequestPath, name_request, send_error
+from gateway.records import Recorder
+from gateway.registry import Feed, WorkerTable, load_workers, reap
+from gateway.relay import open_session
+from gateway.settings import Settings
+from gateway.store import CHANNEL_HELD, CHANNEL_KEYS, CHANNEL_WORKERS, connect, held_key
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+"""Answered without a key. nginx does not let /metrics out."""
+
+
+class Gateway:
+    """The outermost app: a path that is not open needs a key before anything else looks at it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.api = FastAPI(lifespan=self._lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+        self.api.add_exception_handler(errors.ApiError, _answer_api_error)
+        self.api.add_exception_handler(HTTPException, _answer_http_exception)
+        add_routes(self.api)
+        self._path: RequestPath | None = None
+        self._authenticator: Authenticator | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            if scope["path"] in ROUTES and self._path is not None:
+                await self._path(scope, receive, send)
+                return
+            if scope["path"] not in OPEN_PATHS:
+                request_id = name_request(scope)
+                try:
+                    assert self._authenticator is not None  # noqa: S101 - set by the lifespan before any request
+                    await self._authenticator.check(bearer(scope["headers"]))
+                except errors.ApiError as error:
+                    await send_error(error, request_id, send)
+                    return
+        await self.api(scope, receive, send)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        settings = self._settings
+        registry = CollectorRegistry()
+        metrics, table = GatewayMetrics(registry), WorkerTable()
+        redis = connect(settings)
+        recorder = Recorder(connect(settings))
+        session = open_session(settings)
+        authenticator = Authenticator(redis)
+        tasks: set[asyncio.Task[None]] = set()
+
+        def publish_held(digest: str) -> None:
+            task = asyncio.create_task(_publish_held(redis, digest, settings.hold_back_s))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        held = HeldBack(settings.hold_back_s, publish_held)
+        meter = Meter(recorder, RequestMetrics(registry), lambda: frozenset(
+            name for name, model in table.models().items() if model.parent is None
+        ))
+        feed = Feed(
+            lambda: connect(settings, timeout_s=None),
+            {CHANNEL_WORKERS: table.take, CHANNEL_KEYS: authenticator.forget, CHANNEL_HELD: held.learn},
+            lambda connection: load_workers(connection, table),
+        )
+        app.state.table, app.state.metrics, app.state.registry = table, metrics, registry
+        self._authenticator = authenticator
+        self._path = RequestPath(settings, table, authenticator, held, session, meter, metrics)
+        background = [
+            asyncio.create_task(feed.run(), name="feed"),
+            asyncio.create_task(_tend(redis, feed, table, metrics), name="tend"),
+        ]
+        logger.info("gateway up", edge=settings.edge, pid=os.getpid())
+        try:
+            yield
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, *tasks, return_exceptions=True)
+            await session.close()
+            await recorder.close()
+            await redis.aclose()
+            logger.info("gateway down", pid=os.getpid())
+
+
+async def _tend(redis: Redis, feed: Feed, table: WorkerTable, metrics: GatewayMetrics) -> None:
+    """Once a second: forget silent workers, settle what lost ones left, refresh the gauges."""
+    while True:
+        if feed.connected:
+            table.expire()
+            try:
+                if lost := await reap(redis):
+                    metrics.lost_requests.inc(lost)
+                    logger.warning("requests lost with their worker", count=lost)
+            except (RedisError, OSError) as error:
+                logger.warning("could not look for lost requests", error=str(error))
+        else:
+            table.keep_alive()
+        for state, count in table.states().items():
+            metrics.workers.labels(state).set(count)
+        await asyncio.sleep(1.0)
+
+
+async def _publish_held(redis: Redis, digest: str, hold_s: int) -> None:
+    try:
+        await redis.set(held_key(digest), "1", ex=hold_s)
+        await redis.publish(CHANNEL_HELD, digest)
+    except (RedisError, OSError) as error:
+        logger.warning("other gateways do not know of a held-back request", error=str(error))
+
+
+def add_routes(api: FastAPI) -> None:
+    """Everything that is not generation."""
+
+    @api.get("/health")
+    async def health() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @api.get("/ready")
+    async def ready(request: Request) -> Response:
+        """At least one worker answers."""
+        states = request.app.state.table.states()
+        if states["ready"]:
+            return JSONResponse({"status": "ready", "workers": states})
+        return JSONResponse({"status": "no worker is ready", "workers": states}, 503, {"retry-after": "2"})
+
+    @api.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """Prometheus text, of every gateway process of this container."""
+        registry = request.app.state.registry
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    @api.get("/v1/models")
+    async def models(request: Request) -> dict[str, object]:
+        """Every model some worker serves."""
+        found = request.app.state.table.models()
+        return {"object": "list", "data": [describe(found[name]) for name in sorted(found)]}
+
+    @api.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> dict[str, object]:
+        """One model."""
+        found = request.app.state.table.models().get(name)
+        if found is None:
+            raise errors.NotFound(f"The model {name!r} does not exist.", param="model", code="model_not_found")
+        return describe(found)
+
+
+def describe(model: object) -> dict[str, object]:
+    """A model in OpenAI's shape, with vLLM's `max_model_len` and `parent`."""
+    return {
+        "id": model.id, "object": "model", "created": model.created, "owned_by": "owngpt",  # type: ignore[attr-defined]
+        "max_model_len": model.max_model_len, "parent": model.parent,  # type: ignore[attr-defined]
+    }
+
+
+async def _answer_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, errors.ApiError)  # noqa: S101 - registered for it only
+    status, headers, body = errors.encode(error)
+    return Response(body, status, {name.decode(): value.decode() for name, value in headers})
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for it only
+    path, method = request.scope["path"], request.method
+    if error.status_code == 405:
+        return await _answer_api_error(request, errors.MethodNotAllowed(f"{path} does not take {method}."))
+    return await _answer_api_error(request, errors.NotFound(f"There is nothing at {path}."))
+
+
+def create() -> Gateway:
+    """The app from the environment: the factory that uvicorn calls in every process."""
+    settings = Settings()  # type: ignore[call-arg]  # filled from the environment
+    logs.configure("gateway", settings.log_level)
+    return Gateway(settings)

@@ -1,0 +1,101 @@
+"""The body of a request, decoded once and only as far as the decision needs.
+
+The original bytes go to the worker; unknown fields are the engine's business. A known field with an impossible
+value is refused here with its name, so that nobody waits for a worker to hear it.
+"""
+
+import re
+from typing import Annotated
+
+import msgspec
+
+from gateway.errors import InvalidRequest, NotFound
+
+RawJson = msgspec.Raw
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+
+
+class StreamOptions(msgspec.Struct):
+    """`stream_options` of the OpenAI API."""
+
+    include_usage: bool | None = None
+
+
+class Ask(msgspec.Struct):
+    """The fields of any generation request that the gateway looks at."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    max_output_tokens: Count | None = None
+    n: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    best_of: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    messages: RawJson = RawJson(b"")
+    prompt: RawJson = RawJson(b"")
+    input: RawJson = RawJson(b"")
+    chat_template: RawJson = RawJson(b"")
+
+    @property
+    def prefix(self) -> bytes:
+        """The bytes a prompt begins with, as sent (empty when there is none)."""
+        return bytes(self.messages or self.prompt or self.input)
+
+
+ROUTES = {
+    "/v1/chat/completions": ("chat", ("messages",)),
+    "/v1/completions": ("completions", ("prompt",)),
+    "/v1/responses": ("responses", ("input",)),
+    "/v1/messages": ("messages", ("messages",)),
+    "/v1/embeddings": ("embeddings", ("input",)),
+    "/tokenize": ("tokenize", ("prompt", "messages")),
+    "/detokenize": ("detokenize", ()),
+}
+"""Public path -> (route label, fields of which one must be there). Every other path is not forwarded."""
+
+_decoder = msgspec.json.Decoder(Ask)
+_FIELD = re.compile(r"\$\.([A-Za-z_][\w.]*)")
+_MISSING = re.compile(r"missing required field `(\w+)`")
+
+
+def decode(path: str, body: bytes, max_n: int) -> Ask:
+    """The `Ask` in a body.
+
+    Raises InvalidRequest naming the field, NotFound for a path that takes no body.
+    """
+    if path not in ROUTES:
+        raise NotFound(f"There is nothing at {path}.")
+    if not body:
+        raise InvalidRequest("The request has no body; send a JSON object.", code="empty_body")
+    try:
+        if not body.isascii():
+            body.decode()
+        ask = _decoder.decode(body)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        found = _MISSING.search(text) or _FIELD.search(text)
+        field = found[1] if found else None
+        reason = text.split(" - at ")[0]
+        raise InvalidRequest(f"{field or 'The body'}: {reason}.", param=field, code="invalid_value") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"The body is not valid UTF-8 (byte {error.start}).", code="invalid_json"
+        ) from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
+    for field, count in (("n", ask.n), ("best_of", ask.best_of)):
+        if count is not None and count > max_n:
+            raise InvalidRequest(f"{field}: {count} is over the limit of {max_n} (MAX_N).", param=field)
+    if ask.chat_template and ask.chat_template != b"null":
+        raise InvalidRequest("chat_template: templates from requests are not accepted.", param="chat_template")
+    needs = ROUTES[path][1]
+    if needs and not any(getattr(ask, field) for field in needs):
+        raise InvalidRequest(
+            f"{needs[0]}: missing required field `{needs[0]}`.", param=needs[0], code="missing_required_parameter"
+        )
+    if ask.messages and bytes(ask.messages[:1]) != b"[":
+        raise InvalidRequest("messages: Expected `array`.", param="messages", code="invalid_value")
+    return ask

@@ -1,0 +1,375 @@
+"""One ASGI middleware that sees what a request cost and how it ended.
+
+Mounted twice: around vLLM's app (`services/worker`), where the fast path's bytes pass, and around the relay's
+upstream calls for engines that cannot carry it. Per request it asks the engine for usage (and hides it from a
+client who did not ask), holds the response start until the first byte exists (so a worker that dies in prefill
+can still be replaced), replaces an engine's error texts with ours, and leaves one `Record`.
+
+Per streamed chunk it does one clock-free scan for three byte patterns; the budget is 5 microseconds.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+from loguru import logger
+
+from gateway.decode import ROUTES
+from gateway.errors import UpstreamFailed, encode_parts
+from gateway.metrics import RequestMetrics
+from gateway.records import Record, Recorder
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+CONTEXT = b"x-owngpt-context"
+"""Header from the gateway: `{key id} {attempt}`."""
+MAX_ERROR_BYTES = 64 * 1024
+_USAGE_ROUTES = ("chat", "completions")
+
+
+class _Wants(msgspec.Struct):
+    model: str = ""
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    """`usage` as chat, completions, responses and messages spell it."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: _Details | None = None
+    cache_read_input_tokens: int | None = None
+
+
+class _Holder(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+class _Carrier(msgspec.Struct):
+    """Whatever carries usage: a body, a chunk, or an event with the object inside."""
+
+    usage: _Usage | None = None
+    response: _Holder | None = None
+    message: _Holder | None = None
+    count: int | None = None
+
+
+_decode_wants = msgspec.json.Decoder(_Wants).decode
+_decode_carrier = msgspec.json.Decoder(_Carrier).decode
+
+
+class Meter:
+    """Where records go: redis, the log, the metrics. One per process."""
+
+    def __init__(self, recorder: Recorder, metrics: RequestMetrics, base_models: Callable[[], frozenset[str]]) -> None:
+        self._recorder = recorder
+        self._metrics = metrics
+        self._base_models = base_models
+        self.in_flight = 0
+
+    def begin(self, record: Record) -> None:
+        """A request arrived."""
+        self.in_flight += 1
+        if record.model not in self._base_models():
+            record.adapter = record.model
+        self._recorder.begin(record)
+
+    def end(self, record: Record) -> None:
+        """It ended: one stream entry, one observation, one log line."""
+        self.in_flight -= 1
+        self._recorder.end(record)
+        self._metrics.observe(record)
+        self._metrics.dropped.set(self._recorder.dropped)
+        level = "INFO" if record.outcome in ("ok", "cancelled", "client_error") else "WARNING"
+        logger.log(level, "request", **msgspec.to_builtins(record))
+
+
+class Metering:
+    """The middleware. `worker` names whose requests these are; other paths pass through untouched."""
+
+    def __init__(self, app: App, meter: Meter, worker: str) -> None:
+        self._app = app
+        self._meter = meter
+        self._worker = worker
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] not in ROUTES or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        await _Metered(self._app, self._meter, self._worker, scope, receive, send).run()
+
+
+class _Metered:
+    """One request on its way."""
+
+    def __init__(
+        self, app: App, meter: Meter, worker: str, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        self.app, self.meter, self.scope = app, meter, scope
+        self._receive, self._send = receive, send
+        self.started = time.monotonic()
+        key, attempt, request_id = "-", "1", ""
+        for name, value in scope["headers"]:
+            if name == CONTEXT:
+                key, _, attempt = value.decode("latin-1").partition(" ")
+            elif name == b"x-request-id":
+                request_id = value.decode("latin-1")
+        self.record = Record(
+            request_id=request_id, key=key, model="", route=ROUTES[scope["path"]][0], worker=worker,
+            started_at=time.time(), attempt=int(attempt) if attempt.isdigit() else 1,
+        )
+        self.body: bytes | None = None
+        self.hide_usage = False
+        self.start: Message | None = None
+        self.start_sent = False
+        self.gone = False
+        self.finished = False
+        self.chunks = 0
+        self.kept: list[bytes] = []
+        self.tail = b""
+
+    async def run(self) -> None:
+        body = await self._read_body()
+        if body is None:
+            return
+        self._prepare(body)
+        self.meter.begin(self.record)
+        try:
+            await self.app(self.scope, self._receive_body, self._on_message)
+        except UpstreamFailed as error:
+            self.record.status = 502 if error.ran else 503
+            raise
+        except Exception as error:  # the engine's own handlers answer; this is what slipped through them
+            logger.error("engine raised", request_id=self.record.request_id, error=type(error).__name__)
+            if not self.start_sent:
+                await self._answer_error(500)
+        finally:
+            self._settle()
+            self.meter.end(self.record)
+
+    async def _read_body(self) -> bytes | None:
+        parts: list[bytes] = []
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _prepare(self, body: bytes) -> None:
+        """Learn what was asked and ask the engine for usage."""
+        try:
+            wants = _decode_wants(body)
+        except msgspec.MsgspecError:
+            wants = _Wants()  # the engine will refuse it
+        self.record.model = wants.model
+        self.record.stream = bool(wants.stream)
+        if wants.stream and self.record.route in _USAGE_ROUTES:
+            options = wants.stream_options or {}
+            if not options.get("include_usage"):
+                self.hide_usage = True
+                body = _ask_for_usage(body, wants.stream_options)
+                headers = [(n, v) for n, v in self.scope["headers"] if n != b"content-length"]
+                headers.append((b"content-length", str(len(body)).encode()))
+                self.scope = {**self.scope, "headers": headers}
+        self.body = body
+
+    async def _receive_body(self) -> Message:
+        if self.body is not None:
+            body, self.body = self.body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.gone = True
+        return message
+
+    async def _on_message(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.start = message
+            self.record.status = message["status"]
+            return
+        chunk = message.get("body", b"")
+        more = message.get("more_body", False)
+        if self.record.status >= 400:
+            if sum(map(len, self.kept)) < MAX_ERROR_BYTES:
+                self.kept.append(chunk)
+            if not more:
+                await self._answer_error(self.record.status, b"".join(self.kept))
+            return
+        if self.record.stream:
+            chunk = self._scan(chunk, more)
+        else:
+            self.kept.append(chunk)
+        if not more:
+            self.finished = True
+        elif not chunk:
+            return
+        if self.start is not None:
+            start, self.start = self.start, None
+            self.start_sent = True
+            self.record.ttft_s = time.monotonic() - self.started
+            start["headers"] = [*start["headers"], (b"server-timing", b"worker;dur=%.1f" % (self.record.ttft_s * 1e3))]
+            if self.hide_usage:  # the length may change
+                start["headers"] = [(n, v) for n, v in start["headers"] if n != b"content-length"]
+            await self._send(start)
+        if chunk is message.get("body"):
+            await self._send(message)
+        else:
+            await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
+
+    def _scan(self, chunk: bytes, more: bool) -> bytes:
+        """Look at SSE bytes, whole events at a time; return what the client may see."""
+        if self.tail:
+            chunk = self.tail + chunk
+            self.tail = b""
+        if not chunk.endswith(b"\n\n") and more:
+            cut = chunk.rfind(b"\n\n") + 2
+            chunk, self.tail = (chunk[:cut], chunk[cut:]) if cut > 1 else (b"", chunk)
+        self.chunks += 1
+        if (
+            b'"usage":{' not in chunk
+            and b'"finish_reason":"' not in chunk
+            and b'{"error"' not in chunk
+            and self.record.outcome != "stream_error"
+        ):
+            return chunk
+        events = chunk.split(b"\n\n")
+        return b"\n\n".join([event for event in map(self._event, events) if event is not None])
+
+    def _event(self, event: bytes) -> bytes | None:
+        """One SSE event that may matter; None hides it."""
+        at = event.find(b"data: {")
+        if at < 0:
+            return None if event == b"data: [DONE]" and self.record.outcome == "stream_error" else event
+        data = event[at + 6 :]
+        if data.startswith(b'{"error"'):
+            self.record.outcome = "stream_error"
+            _, _, body = encode_parts(
+                500, "The worker failed while it was answering.", "server_error", code="stream_interrupted"
+            )
+            return b"data: " + body
+        reason = data.find(b'"finish_reason":"')
+        if reason >= 0:
+            end = data.find(b'"', reason + 17)
+            self.record.finish_reason = data[reason + 17 : end].decode("ascii", "replace")[:32]
+        if b'"usage":{' in data:
+            self._take_usage(data)
+            if self.hide_usage and b'"choices":[]' in data:
+                return None
+        return event
+
+    def _take_usage(self, data: bytes) -> None:
+        try:
+            carrier = _decode_carrier(data)
+        except msgspec.MsgspecError:
+            return
+        record = self.record
+        for holder in (carrier, carrier.response, carrier.message):
+            if holder is None or holder.usage is None:
+                continue
+            usage = holder.usage
+            prompt = usage.prompt_tokens if usage.prompt_tokens is not None else usage.input_tokens
+            details = usage.prompt_tokens_details or usage.input_tokens_details
+            cached = details.cached_tokens if details else usage.cache_read_input_tokens
+            done = usage.completion_tokens if usage.completion_tokens is not None else usage.output_tokens
+            if prompt is not None:
+                # Anthropic's input_tokens leaves out what came from the cache.
+                record.prompt_tokens = prompt + (usage.cache_read_input_tokens or 0)
+            if cached is not None:
+                record.cached_tokens = cached
+            if done is not None:
+                record.completion_tokens = done
+        if carrier.count is not None and record.route == "tokenize":
+            record.prompt_tokens = carrier.count
+
+    def _settle(self) -> None:
+        """Decide how it ended and fill in what is missing."""
+        record = self.record
+        record.duration_s = round(time.monotonic() - self.started, 6)
+        if record.ttft_s is not None:
+            record.ttft_s = round(record.ttft_s, 6)
+        if 400 <= record.status < 500:
+            record.outcome = "client_error"
+        elif record.status == 503:
+            record.outcome = "refused"
+        elif record.status >= 500:
+            record.outcome = "upstream_error"
+        elif self.gone and not (self.finished and record.stream):
+            record.outcome = "cancelled"
+        elif self.finished and record.outcome != "stream_error":
+            record.outcome = "ok"
+        elif self.start_sent:
+            record.outcome = "stream_error"
+        if self.finished and not record.stream and record.status < 400:
+            self._take_usage(b"".join(self.kept))
+        if record.completion_tokens is None and record.stream and self.chunks:
+            record.completion_tokens = max(self.chunks - 1, 0)  # one chunk a token, the first carries the role
+            record.tokens_estimated = True
+
+    async def _answer_error(self, status: int, body: bytes = b"") -> None:
+        """Send an engine's error in our words; its 4xx keep their message, which speaks of the request."""
+        self.start = None
+        self.start_sent = True
+        self.finished = True
+        self.record.status = status
+        message, param = _engine_message(body)
+        if status >= 500:
+            refused = status == 503
+            parts = encode_parts(
+                status,
+                "The worker takes no more requests right now." if refused else "The worker failed.",
+                "server_error", code="worker_refused" if refused else "worker_failed",
+                retry_after_s=1 if refused else None,
+            )
+        elif not message or message in ("Not Found", "Method Not Allowed"):
+            parts = encode_parts(
+                status, f"The model {self.record.model!r} does not support {self.scope['path']}.",
+                "invalid_request_error", code="unsupported_endpoint",
+            )
+        else:
+            code = {404: "model_not_found", 422: "unprocessable"}.get(status, "invalid_value")
+            parts = encode_parts(status, message, "invalid_request_error", param, code)
+        status, headers, out = parts
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": out, "more_body": False})
+
+
+def _ask_for_usage(body: bytes, options: dict[str, Any] | None) -> bytes:
+    """The body with `stream_options.include_usage` true. A body without the field is edited in place."""
+    if options is None and b'"stream_options"' not in body:
+        brace = body.index(b"{") + 1
+        return body[:brace] + b'"stream_options":{"include_usage":true},' + body[brace:]
+    document = msgspec.json.decode(body)
+    document["stream_options"] = {**(options or {}), "include_usage": True}
+    return msgspec.json.encode(document)
+
+
+def _engine_message(body: bytes) -> tuple[str, str | None]:
+    """Message and field of an engine's error body (OpenAI's, Anthropic's or FastAPI's shape)."""
+    try:
+        document = msgspec.json.decode(body)
+    except msgspec.MsgspecError:
+        return "", None
+    error = document.get("error", document) if isinstance(document, dict) else {}
+    if not isinstance(error, dict):
+        return "", None
+    message, param = error.get("message") or error.get("detail"), error.get("param")
+    text = message if isinstance(message, str) else ""
+    return text[:2000], param if isinstance(param, str) else None
+
+
+__all__ = ["CONTEXT", "App", "Meter", "Metering", "Receive", "Scope", "Send"]

@@ -1,0 +1,78 @@
+"""Every metric the project exports about requests, defined once.
+
+Names follow OpenTelemetry's gen_ai conventions where there is one (status: development), so they live here only.
+Labels are bounded: routes and outcomes are closed sets, models are those that workers serve.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from gateway.records import Record
+
+TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0)
+DURATION_BUCKETS_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84)
+DECISION_BUCKETS_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1)
+
+
+class RequestMetrics:
+    """What the metering class observes, at the worker and at the relay."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        labels = ("gen_ai_request_model", "route")
+        self.requests = Counter(
+            "owngpt_requests", "Requests by how they ended.", (*labels, "outcome"), registry=registry
+        )
+        self.ttft = Histogram(
+            "gen_ai_server_time_to_first_token_seconds",
+            "From the request's arrival to the first byte of the answer.",
+            labels,
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.duration = Histogram(
+            "gen_ai_server_request_duration_seconds",
+            "From the request's arrival to its end.",
+            labels,
+            buckets=DURATION_BUCKETS_S,
+            registry=registry,
+        )
+        self.tokens = Counter(
+            "owngpt_tokens", "Tokens by kind: prompt, cached (part of prompt), completion.",
+            ("gen_ai_request_model", "kind"), registry=registry,
+        )
+        self.dropped = Gauge("owngpt_usage_records_dropped", "Usage records lost while redis was away.",
+                             registry=registry, multiprocess_mode="sum")
+
+    def observe(self, record: Record) -> None:
+        """Count one finished request."""
+        model, route = record.model, record.route
+        self.requests.labels(model, route, record.outcome).inc()
+        self.duration.labels(model, route).observe(record.duration_s)
+        if record.ttft_s is not None:
+            self.ttft.labels(model, route).observe(record.ttft_s)
+        self.tokens.labels(model, "prompt").inc(record.prompt_tokens or 0)
+        self.tokens.labels(model, "cached").inc(record.cached_tokens or 0)
+        self.tokens.labels(model, "completion").inc(record.completion_tokens or 0)
+
+
+class GatewayMetrics:
+    """What the decision path observes."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.decisions = Counter(
+            "gateway_decisions", "Decisions by route and result: fast, relay, or an error's status.",
+            ("route", "result"), registry=registry,
+        )
+        self.decision_seconds = Histogram(
+            "gateway_decision_seconds", "Time the gateway spends on a request before it is forwarded.",
+            buckets=DECISION_BUCKETS_S, registry=registry,
+        )
+        self.retries = Counter(
+            "gateway_retries", "Requests sent to another worker: refused or died.", ("reason",), registry=registry
+        )
+        self.workers = Gauge(
+            "gateway_workers", "Workers by state, as this gateway sees them.", ("state",), registry=registry,
+            multiprocess_mode="mostrecent",
+        )
+        self.lost_requests = Counter(
+            "gateway_lost_requests", "Requests that were running on a worker when it was lost.", registry=registry
+        )

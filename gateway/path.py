@@ -1,0 +1,298 @@
+"""The request path: everything that happens to a generation request, top to bottom.
+
+    1 name it          request id
+    2 who asks         API key
+    3 read             the body, up to the limit
+    4 decode           only the fields the decision needs
+    5 look back        did earlier tries of it fail, is it held back
+    6 choose           a worker
+    7 answer           `X-Accel-Redirect` for nginx, or relay the bytes
+
+A raw ASGI app: on this path FastAPI would cost more than everything above together.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import Callable
+from hashlib import blake2b
+
+import aiohttp
+from loguru import logger
+
+from gateway import attempts, errors, routing
+from gateway.auth import Authenticator, bearer
+from gateway.decode import ROUTES, Ask, decode
+from gateway.keys import ApiKey
+from gateway.metering import CONTEXT, Message, Meter, Metering, Receive, Scope, Send
+from gateway.metrics import GatewayMetrics
+from gateway.registry import Worker, WorkerTable
+from gateway.relay import Upstream
+from gateway.settings import Settings
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{8,64}")
+RETRY_AFTER_S = 2
+
+HoldBack = Callable[[str], None]
+
+
+class HeldBack:
+    """Digests of request bodies that killed MAX_DEATHS workers, each refused until its time is over."""
+
+    def __init__(self, hold_s: int, publish: HoldBack, clock: Callable[[], float] = time.monotonic) -> None:
+        self._hold_s = hold_s
+        self._publish = publish
+        self._clock = clock
+        self._until: dict[str, float] = {}
+
+    @staticmethod
+    def digest(body: bytes) -> str:
+        """The fingerprint of a body."""
+        return blake2b(body, digest_size=16).hexdigest()
+
+    def add(self, digest: str) -> None:
+        """Hold a body back, here (`learn`) and in every other gateway."""
+        self.learn(digest)
+        self._publish(digest)
+
+    def learn(self, digest: str) -> None:
+        """Hold a body back that some gateway has met."""
+        self._until[digest] = self._clock() + self._hold_s
+
+    def refuses(self, body: bytes) -> bool:
+        """Whether a body is held back; costs nothing while none is."""
+        if not self._until:
+            return False
+        now = self._clock()
+        for digest in [d for d, until in self._until.items() if until <= now]:
+            del self._until[digest]
+        return self.digest(body) in self._until
+
+
+class RequestPath:
+    """The hot routes as one ASGI app."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        table: WorkerTable,
+        authenticator: Authenticator,
+        held: HeldBack,
+        session: aiohttp.ClientSession,
+        meter: Meter,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._settings = settings
+        self._table = table
+        self._authenticator = authenticator
+        self._held = held
+        self._session = session
+        self._meter = meter
+        self._metrics = metrics
+        self._decided = {route: metrics.decisions.labels(route, "fast") for route, _ in ROUTES.values()}
+        self._token = settings.worker_token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        request_id = name_request(scope)
+        path, route = scope["path"], ROUTES[scope["path"]][0]
+        try:
+            if scope["method"] != "POST":
+                raise errors.MethodNotAllowed(f"{path} takes POST, not {scope['method']}.")
+            credentials = bearer(scope["headers"])
+            key = self._authenticator.cached(credentials) or await self._authenticator.check(credentials)
+            body = await read_body(scope, receive, self._settings.max_body_bytes)
+            if body is None:
+                return
+            ask = decode(path, body, self._settings.max_n)
+            tried = look_back(scope) if self._settings.edge == "nginx" else attempts.Attempts()
+            self._refuse_poison(tried, body)
+            chosen = self._choose(ask, tried)
+        except errors.ApiError as error:
+            self._metrics.decisions.labels(route, str(error.status)).inc()
+            log_refusal(error, request_id, path)
+            await send_error(error, request_id, send)
+            return
+        worker = chosen.worker
+        worker.sent += 1
+        took = time.perf_counter() - started
+        self._metrics.decision_seconds.observe(took)
+        explained = [
+            (b"x-request-id", request_id),
+            (b"x-owngpt-worker", worker.beat.id.encode()),
+            (b"server-timing", b'gateway;dur=%.2f;desc="%s"' % (took * 1e3, chosen.reason.encode())),
+        ]
+        context = f"{key.id} {len(tried.tried) + 1}".encode()
+        if self._settings.edge == "nginx" and worker.beat.metered:
+            self._decided[route].inc()
+            await self._accelerate(worker, context, explained, send)
+        else:
+            self._metrics.decisions.labels(route, "relay").inc()
+            await self._relay(worker, ask, body, context, explained, scope, receive, send)
+
+    async def _accelerate(self, worker: Worker, context: bytes, explained: list[tuple[bytes, bytes]], send: Send) -> None:
+        """Tell nginx where to send the original request."""
+        await send({
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [
+                (b"x-accel-redirect", b"@worker"),
+                (b"x-worker", worker.beat.address.encode()),
+                (b"x-worker-token", self._token),
+                (CONTEXT, context),
+                *explained,
+                (b"content-length", b"0"),
+            ],
+        })
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _relay(
+        self, worker: Worker, ask: Ask, body: bytes, context: bytes, explained: list[tuple[bytes, bytes]],
+        scope: Scope, receive: Receive, send: Send,
+    ) -> None:
+        """Carry the bytes; on a failure before the first one, choose again."""
+        tried = attempts.Attempts()
+        request_id = explained[0][1]
+        key = context.split()[0]
+        while True:
+            address = worker.beat.address
+            forwarded = {**scope, "headers": [
+                *[(n, v) for n, v in scope["headers"] if n not in (b"x-request-id", CONTEXT)],
+                (b"x-request-id", request_id),
+                (CONTEXT, b"%s %d" % (key, len(tried.tried) + 1)),
+            ]}
+            upstream = Upstream(self._session, address, self._settings.worker_token)
+            app = upstream if worker.beat.metered else Metering(upstream, self._meter, worker.beat.id)
+            try:
+                await app(forwarded, _replay(body, receive), _explain(send, explained))
+                return
+            except errors.UpstreamFailed as failure:
+                tried = attempts.Attempts((*tried.tried, address), tried.deaths + failure.ran)
+            try:
+                self._refuse_poison(tried, body)
+                worker = self._choose(ask, tried).worker
+                worker.sent += 1
+                explained[1] = (b"x-owngpt-worker", worker.beat.id.encode())
+            except errors.ApiError as error:
+                log_refusal(error, request_id, scope["path"])
+                await send_error(error, request_id, send)
+                return
+
+    def _refuse_poison(self, tried: attempts.Attempts, body: bytes) -> None:
+        """Raise for a request that killed too many workers, or is held back because it did before."""
+        if tried.timed_out:
+            raise errors.GatewayTimeout("The worker did not answer in time.")
+        if tried.deaths >= attempts.MAX_DEATHS:
+            self._held.add(HeldBack.digest(body))
+            raise errors.UpstreamError(
+                f"{tried.deaths} workers died while they ran this request; it is not tried again.",
+                code="request_held_back",
+            )
+        if self._held.refuses(body):
+            raise errors.UpstreamError(
+                "Workers died while they ran this very request; it is refused for a while.",
+                code="request_held_back", retry_after_s=self._settings.hold_back_s,
+            )
+
+    def _choose(self, ask: Ask, tried: attempts.Attempts) -> routing.Route:
+        for address in tried.tried[-1:]:
+            self._table.suspect(address)
+            self._metrics.retries.labels("died" if tried.deaths else "refused").inc()
+            logger.warning("worker failed a request", address=address, deaths=tried.deaths)
+        workers = self._table.serving(ask.model)
+        if not workers:
+            self._explain_nobody(ask.model)
+        fresh = [worker for worker in workers if worker.beat.address not in tried.tried]
+        if not fresh or len(tried.tried) >= attempts.MAX_ATTEMPTS:
+            if tried.deaths:
+                raise errors.UpstreamError("The worker died while it ran this request, and no other can take it.")
+            raise errors.Unavailable("No worker could take the request.", retry_after_s=RETRY_AFTER_S)
+        return routing.choose(fresh, ask.model, ask.prefix)
+
+    def _explain_nobody(self, model: str) -> None:
+        served = self._table.models()
+        if served and model not in served:
+            raise errors.NotFound(
+                f"The model {model!r} does not exist. There are: {', '.join(sorted(served))}.",
+                param="model", code="model_not_found",
+            )
+        raise errors.Unavailable("No worker is ready.", retry_after_s=RETRY_AFTER_S)
+
+
+def name_request(scope: Scope) -> bytes:
+    """The client's request id when it is a plain token, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return bytes(value)
+    return secrets.token_hex(16).encode()
+
+
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes | None:
+    """The whole body, or None when the client left. Raises BodyTooLarge."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and int(value) > limit_bytes:
+            raise errors.BodyTooLarge(limit_bytes)
+    message = await receive()
+    if not message.get("more_body"):
+        return None if message["type"] == "http.disconnect" else message["body"]
+    parts, size = [message["body"]], len(message["body"])
+    while message.get("more_body"):
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message["body"])
+        size += len(message["body"])
+        if size > limit_bytes:
+            raise errors.BodyTooLarge(limit_bytes)
+    return b"".join(parts)
+
+
+def look_back(scope: Scope) -> attempts.Attempts:
+    """Earlier tries of this request, from nginx's headers."""
+    found: dict[bytes, str] = {}
+    for name, value in scope["headers"]:
+        if name.startswith(b"x-failed-"):
+            found[name] = value.decode("latin-1")
+    if not found:
+        return attempts.Attempts()
+    return attempts.read(
+        found.get(b"x-failed-worker", ""), found.get(b"x-failed-sent", ""), found.get(b"x-failed-status", "")
+    )
+
+
+def log_refusal(error: errors.ApiError, request_id: bytes, path: str) -> None:
+    """One line for a request that went to no worker."""
+    logger.log(
+        "WARNING" if error.status >= 500 else "INFO",
+        "refused", request_id=request_id.decode(), path=path, status=error.status, code=error.code,
+    )
+
+
+async def send_error(error: errors.ApiError, request_id: bytes, send: Send) -> None:
+    """Answer with an error."""
+    status, headers, body = errors.encode(error)
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"x-request-id", request_id)]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    waiting = [body]
+
+    async def replayed() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return replayed
+
+
+def _explain(send: Send, explained: list[tuple[bytes, bytes]]) -> Send:
+    async def explaining(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], *explained]
+        await send(message)
+
+    return explaining
+
+
+__all__ = ["ApiKey", "HeldBack", "RequestPath", "name_request", "read_body", "send_error"]

@@ -1,0 +1,226 @@
+"""The table of workers, kept in memory from what workers say about themselves.
+
+Workers publish a `Heartbeat` several times a second (`services/worker`). Nothing here counts requests up and
+down: a worker's load is what it last reported plus what this gateway has sent it since, so no lost decrement
+can ever make a worker look busy.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+import msgspec
+from loguru import logger
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from gateway.records import REAP
+from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, USAGE, USAGE_MAX_ENTRIES, WORKERS, running_key, worker_key
+
+State = Literal["ready", "stalled", "draining", "gone"]
+
+SUSPECT_S = 2.0
+"""How long a worker that just failed a request is avoided, unless it says something newer."""
+
+
+class Model(msgspec.Struct):
+    """A model a worker serves. `parent` is the base model of an adapter."""
+
+    id: str
+    max_model_len: int
+    created: int = 0
+    parent: str | None = None
+
+
+class Heartbeat(msgspec.Struct):
+    """What a worker says about itself: the contract between `services/worker` and the gateway."""
+
+    id: str
+    address: str
+    """host:port as nginx and the gateway reach it."""
+    state: State
+    models: list[Model]
+    in_flight: int = 0
+    """Requests inside the worker now."""
+    slots: int = 0
+    """Requests the engine runs at once (max_num_seqs)."""
+    waiting: int = 0
+    """Requests queued in the engine."""
+    kv_use: float = 0.0
+    """Share of KV blocks in use, 0 to 1."""
+    metered: bool = True
+    """False for an engine without our middleware: the relay then meters."""
+    engine: str = ""
+
+
+class Worker:
+    """A worker as this gateway sees it."""
+
+    __slots__ = ("beat", "names", "seen_at", "sent", "suspect_until")
+
+    def __init__(self, beat: Heartbeat, now: float) -> None:
+        self.suspect_until = 0.0
+        self.update(beat, now)
+
+    def update(self, beat: Heartbeat, now: float) -> None:
+        """Take in a newer heartbeat."""
+        self.beat = beat
+        self.seen_at = now
+        self.names = frozenset(model.id for model in beat.models)
+        self.sent = 0
+
+    @property
+    def load(self) -> int:
+        """Requests in flight: reported plus sent since."""
+        return self.beat.in_flight + self.sent
+
+
+_decode_heartbeat = msgspec.json.Decoder(Heartbeat).decode
+
+
+class WorkerTable:
+    """All known workers by id."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.workers: dict[str, Worker] = {}
+        self._clock = clock
+        self.changed_at = 0.0
+
+    def take(self, raw: str | bytes) -> None:
+        """Take in one heartbeat. A malformed one is logged and ignored."""
+        try:
+            beat = _decode_heartbeat(raw)
+        except msgspec.MsgspecError as error:
+            logger.warning("ignored a malformed heartbeat", error=str(error))
+            return
+        known = self.workers.get(beat.id)
+        if beat.state == "gone":
+            if known is not None:
+                del self.workers[beat.id]
+                logger.info("worker left", worker=beat.id)
+        elif known is None:
+            self.workers[beat.id] = Worker(beat, self._clock())
+            logger.info("worker joined", worker=beat.id, address=beat.address, state=beat.state)
+        else:
+            if known.beat.state != beat.state:
+                logger.info("worker changed state", worker=beat.id, was=known.beat.state, now=beat.state)
+            known.update(beat, self._clock())
+
+    def expire(self) -> None:
+        """Forget workers that have been silent for longer than their heartbeat lives."""
+        oldest = self._clock() - HEARTBEAT_TTL_MS / 1000
+        for worker_id in [i for i, worker in self.workers.items() if worker.seen_at < oldest]:
+            del self.workers[worker_id]
+            logger.warning("worker silent, dropped", worker=worker_id)
+
+    def keep_alive(self) -> None:
+        """Count every worker as seen now: used while redis itself is away."""
+        now = self._clock()
+        for worker in self.workers.values():
+            worker.seen_at = now
+
+    def suspect(self, address: str) -> None:
+        """Avoid the worker at an address for SUSPECT_S: a request just failed there."""
+        until = self._clock() + SUSPECT_S
+        for worker in self.workers.values():
+            if worker.beat.address == address:
+                worker.suspect_until = until
+
+    def serving(self, model: str) -> list[Worker]:
+        """Workers that can take a request for a model, the healthy ones alone where there are any.
+
+        Draining workers are never in it. Suspects and stalled workers are the last resort.
+        """
+        now = self._clock()
+        able = [w for w in self.workers.values() if model in w.names and w.beat.state != "draining"]
+        healthy = [w for w in able if w.beat.state == "ready" and w.suspect_until < now]
+        return healthy or able
+
+    def models(self) -> dict[str, Model]:
+        """Every model some worker serves, by name."""
+        found: dict[str, Model] = {}
+        for worker in self.workers.values():
+            for model in worker.beat.models:
+                found.setdefault(model.id, model)
+        return found
+
+    def states(self) -> dict[str, int]:
+        """How many workers are in each state."""
+        counts = {"ready": 0, "stalled": 0, "draining": 0}
+        for worker in self.workers.values():
+            counts[worker.beat.state] = counts.get(worker.beat.state, 0) + 1
+        return counts
+
+
+class Feed:
+    """A redis subscription that calls a handler per message, for ever, across redis restarts.
+
+    `on_connect` runs after each (re)connect, once messages are already being collected, so what it reads
+    cannot be older than the first message.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Redis],
+        handlers: dict[str, Callable[[str], None]],
+        on_connect: Callable[[Redis], Awaitable[None]],
+    ) -> None:
+        self._connect = connect
+        self._handlers = handlers
+        self._on_connect = on_connect
+        self.connected = False
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        first = True
+        while True:
+            redis = self._connect()
+            try:
+                async with redis.pubsub() as pubsub:
+                    await pubsub.subscribe(*self._handlers)
+                    await self._on_connect(redis)
+                    if not first and not self.connected:
+                        logger.info("redis is back")
+                    self.connected = True
+                    first = False
+                    while True:
+                        # The ping notices a frozen redis, which keeps the connection open but says nothing.
+                        message = await asyncio.wait_for(pubsub.get_message(True, timeout=1.0), 2.0)
+                        if message is None:
+                            await asyncio.wait_for(redis.ping(), 1.0)
+                        elif message["type"] == "message":
+                            self._handlers[message["channel"]](message["data"])
+            except (RedisError, OSError, TimeoutError) as error:
+                if self.connected or first:
+                    logger.warning("redis is away; deciding from what is known", error=str(error) or type(error).__name__)
+                self.connected = False
+                first = False
+            finally:
+                with contextlib.suppress(RedisError, OSError, TimeoutError):
+                    await redis.aclose()
+            await asyncio.sleep(0.5)
+
+
+async def load_workers(redis: Redis, table: WorkerTable) -> None:
+    """Read the workers that are registered now."""
+    ids = sorted(await redis.smembers(WORKERS))
+    if ids:
+        for raw in await redis.mget([worker_key(i) for i in ids]):
+            if raw is not None:
+                table.take(raw)
+
+
+async def reap(redis: Redis) -> int:
+    """Record as `upstream_error` what lost workers left running. Returns how many requests that were."""
+    lost = 0
+    for worker_id in await redis.smembers(WORKERS):
+        if not await redis.exists(worker_key(worker_id)):
+            keys = [worker_key(worker_id), running_key(worker_id), WORKERS, USAGE]
+            count = int(await redis.eval(REAP, len(keys), *keys, worker_id, str(USAGE_MAX_ENTRIES)))
+            lost += max(count, 0)
+    return lost
+
+
+__all__ = ["CHANNEL_WORKERS", "Feed", "Heartbeat", "Model", "State", "Worker", "WorkerTable", "load_workers", "reap"]

@@ -1,0 +1,101 @@
+"""The slow path: the gateway carries the bytes itself.
+
+For an engine without our middleware, and for a gateway without nginx. One aiohttp session per process for its
+whole life; a client that leaves cancels the upstream request, streamed or not, before or after the first byte.
+"""
+
+import asyncio
+import contextlib
+
+import aiohttp
+
+from gateway.errors import UpstreamFailed, encode_parts
+from gateway.metering import CONTEXT, Receive, Scope, Send
+from gateway.settings import Settings
+
+_PASSED = {b"content-type", b"x-request-id", CONTEXT}
+_RETURNED = {"content-type", "server-timing"}
+MAX_UPSTREAM_CONNECTIONS = 4096
+
+
+def open_session(settings: Settings) -> aiohttp.ClientSession:
+    """The process's client session; close it at the end of the lifespan."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=MAX_UPSTREAM_CONNECTIONS, keepalive_timeout=4),
+        timeout=aiohttp.ClientTimeout(
+            total=None, sock_connect=settings.relay_connect_timeout_s, sock_read=settings.relay_read_timeout_s
+        ),
+        auto_decompress=False,
+    )
+
+
+class Upstream:
+    """An ASGI app that is a worker: it forwards the request and sends back what comes.
+
+    Raises UpstreamFailed when the worker fails before anything was sent; afterwards a stream ends with an
+    error event and without `[DONE]`.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, address: str, token: str) -> None:
+        self._session = session
+        self._url = f"http://{address}"
+        self._authorization = f"Bearer {token}"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = (await receive()).get("body", b"")
+        forward = asyncio.create_task(self._forward(scope, body, send))
+        leave = asyncio.create_task(_until_disconnect(receive))
+        try:
+            await asyncio.wait({forward, leave}, return_when=asyncio.FIRST_COMPLETED)
+            if forward.done():
+                await forward
+        finally:
+            for task in (forward, leave):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, UpstreamFailed):
+                    await task
+
+    async def _forward(self, scope: Scope, body: bytes, send: Send) -> None:
+        headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in scope["headers"] if n in _PASSED}
+        headers["Authorization"] = self._authorization
+        sent = False
+        try:
+            async with self._session.post(self._url + scope["path"], data=body, headers=headers) as response:
+                if response.status >= 500:
+                    raise UpstreamFailed(f"status {response.status}", ran=response.status != 503)
+                stream = response.content_type == "text/event-stream"
+                start = {
+                    "type": "http.response.start",
+                    "status": response.status,
+                    "headers": [
+                        (n.lower().encode(), v.encode("latin-1"))
+                        for n, v in response.headers.items()
+                        if n.lower() in _RETURNED or (n.lower() == "content-length" and not stream)
+                    ],
+                }
+                async for chunk in response.content.iter_any():
+                    if not sent:
+                        sent = True
+                        await send(start)
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if not sent:
+                    await send(start)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if not sent:
+                raise UpstreamFailed(
+                    type(error).__name__, ran=not isinstance(error, aiohttp.ClientConnectorError)
+                ) from error
+            await _end_broken_stream(send)
+
+
+async def _end_broken_stream(send: Send) -> None:
+    _, _, body = encode_parts(
+        500, "The worker was lost while it was answering.", "server_error", code="stream_interrupted"
+    )
+    await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

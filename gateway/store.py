@@ -1,0 +1,60 @@
+"""The state redis: how to connect, and every key and channel name in one place.
+
+    worker:{id}    string, JSON `Heartbeat`, lives HEARTBEAT_TTL_MS      written by the worker's agent
+    workers        set of worker ids that ever registered                 written by the agent, reaped by gateways
+    running:{id}   hash request id -> JSON `Record` begun on that worker  written by the metering middleware
+    usage          stream, one entry per finished request, field `r`      written by whoever metered it
+    key:{id}       string, JSON `ApiKey`                                  written by `python -m gateway.keys`
+    held:{digest}  string with a TTL: a request body that killed two workers
+"""
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from gateway.settings import StateSettings
+
+HEARTBEAT_TTL_MS = 3000
+WORKERS = "workers"
+USAGE = "usage"
+USAGE_MAX_ENTRIES = 1_000_000
+
+CHANNEL_WORKERS = "workers"
+CHANNEL_KEYS = "keys"
+CHANNEL_HELD = "held"
+
+
+def worker_key(worker_id: str) -> str:
+    """Where a worker's heartbeat lives."""
+    return f"worker:{worker_id}"
+
+
+def running_key(worker_id: str) -> str:
+    """Where the requests begun on a worker live."""
+    return f"running:{worker_id}"
+
+
+def api_key_key(key_id: str) -> str:
+    """Where an API key's record lives."""
+    return f"key:{key_id}"
+
+
+def held_key(digest: str) -> str:
+    """Where a held-back request's mark lives."""
+    return f"held:{digest}"
+
+
+def connect(settings: StateSettings, *, timeout_s: float | None = 1.0) -> Redis:
+    """A client of the state redis; `timeout_s` bounds every connect and command (None: wait, for subscriptions)."""
+    # A half-open TCP connection is noticed by keepalive; a unix socket has none.
+    tcp = {} if settings.redis_url.startswith("unix") else {"socket_keepalive": True}
+    return Redis.from_url(
+        settings.redis_url,
+        username=settings.redis_user,
+        password=settings.redis_password,
+        decode_responses=True,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=1.0,
+        retry=Retry(NoBackoff(), 1),
+        **tcp,
+    )

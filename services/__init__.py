@@ -1,0 +1,1 @@
+"""One folder per container; `local` runs the same programs as plain processes."""

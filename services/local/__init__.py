@@ -1,0 +1,1 @@
+"""The same stack as compose.yaml, as plain processes: no Docker, no root, no GPU."""

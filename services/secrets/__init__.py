@@ -1,0 +1,1 @@
+"""Makes every password of the stack, once."""

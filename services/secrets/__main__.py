@@ -1,0 +1,65 @@
+"""Make the stack's secrets: `python -m services.secrets DIR`. What exists is kept; there are no defaults.
+
+One folder per reader, so that a container mounts nothing it does not need:
+
+    DIR/gateway      redis_password  worker_token
+    DIR/worker       redis_password  worker_token
+    DIR/redis        users.acl       (digests only; `redis` and `redis-cache` share it)
+"""
+
+import argparse
+import os
+import secrets
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+ACL = """\
+user default off
+user health on nopass resetkeys resetchannels -@all +ping
+user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~held:* \
+resetchannels &workers &keys &held -@all +ping +hello +multi +exec +discard +get +set +del +exists +mget +scan \
++smembers +srem +hset +hdel +hvals +xadd +xlen +xrange +publish +subscribe +unsubscribe +eval
+user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage \
+resetchannels &workers -@all +ping +hello +multi +exec +discard +set +del +sadd +srem +hset +hdel +xadd +publish
+"""
+"""Each service may do what it does and nothing else; `health` may only PING."""
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that only its owner and group can read, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.chmod(0o640)
+    os.replace(partial, path)
+
+
+def ensure(path: Path, secret: str | None = None) -> str:
+    """The secret in a file, made on the first call."""
+    if not path.exists():
+        write(path, (secret or secrets.token_urlsafe(32)) + "\n")
+    return path.read_text().strip()
+
+
+def make(root: Path) -> None:
+    """Make what is missing below `root`. Raises OSError."""
+    passwords = {who: ensure(root / who / "redis_password") for who in ("gateway", "worker")}
+    ensure(root / "worker" / "worker_token", ensure(root / "gateway" / "worker_token"))
+    digests = {who: sha256(password.encode()).hexdigest() for who, password in passwords.items()}
+    write(root / "redis" / "users.acl", ACL.format(**digests))
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m services.secrets", description=__doc__.splitlines()[0])
+    parser.add_argument("dir", type=Path, help="where the secrets live")
+    root = parser.parse_args().dir
+    try:
+        make(root)
+    except OSError as error:
+        sys.exit(f"secrets: cannot write {error.filename}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The agent, a worker's entry process: `python -m services.worker`.
+
+Starts the engine, waits until it is healthy, announces it several times a second, and on SIGTERM takes it out of
+the table first, lets what runs finish, then stops it. When the engine dies the agent leaves and exits with 1, and
+whoever supervises it starts both again.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import re
+import secrets
+import signal
+import sys
+import time
+
+import httpx
+import msgspec
+from loguru import logger
+from pydantic import ValidationError
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from gateway import logs
+from gateway.registry import Heartbeat, Model, State
+from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, connect, worker_key
+from services.worker import engine
+from services.worker.middleware import LOAD_PATH, WORKER_ID
+from services.worker.settings import WorkerSettings
+
+STEPS = re.compile(rb"^vllm:iteration_tokens_total_count\{[^}]*\} (\S+)", re.M)
+WAITING = re.compile(rb"^vllm:num_requests_waiting\{[^}]*\} (\S+)", re.M)
+KV_USE = re.compile(rb"^vllm:kv_cache_usage_perc\{[^}]*\} (\S+)", re.M)
+METRICS_EVERY_S = 1.0
+PR_SET_PDEATHSIG = 1
+
+
+class EngineDied(Exception):
+    """The engine process ended by itself."""
+
+
+class Agent:
+    """One engine, watched and announced."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._redis: Redis = connect(settings)
+        self._http = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{settings.engine_port}",
+            headers={"authorization": f"Bearer {settings.worker_token}"},
+            timeout=1.0,
+        )
+        # A new id each start: what a former life left running can be settled at once.
+        self._beat = Heartbeat(
+            id=f"{settings.worker_name}-{secrets.token_hex(2)}", address=settings.address, state="ready",
+            models=[], slots=settings.max_num_seqs, engine="vllm",
+        )
+        self._stopping = asyncio.Event()
+        self._engine: asyncio.subprocess.Process | None = None
+        self._steps = -1.0
+        self._stepped_at = self._heard_at = time.monotonic()
+        self._metrics_at = 0.0
+        self._redis_ok = True
+
+    async def run(self) -> int:
+        """Until told to stop (0) or the engine dies (1)."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        env = engine.environment(self._settings) | {WORKER_ID: self._beat.id}
+        self._engine = await asyncio.create_subprocess_exec(
+            *engine.command(self._settings), env=env, start_new_session=True, preexec_fn=_die_with_parent
+        )
+        logger.info("engine starting", worker=self._beat.id, pid=self._engine.pid, model=self._settings.model)
+        try:
+            await self._until_healthy()
+            if not self._stopping.is_set():
+                await self._announce()
+            await self._leave()
+            return 0
+        except EngineDied as error:
+            logger.error("engine died", worker=self._beat.id, reason=str(error))
+            return 1
+        finally:
+            with contextlib.suppress(RedisError, OSError):
+                await self._publish("gone")
+            await self._stop_engine()
+            await self._http.aclose()
+            await self._redis.aclose()
+
+    async def _until_healthy(self) -> None:
+        started = time.monotonic()
+        while not self._stopping.is_set():
+            self._check_engine()
+            with contextlib.suppress(httpx.HTTPError):
+                if (await self._http.get("/health")).status_code == 200:
+                    await self._read_models()
+                    logger.info("engine ready", worker=self._beat.id, after_s=round(time.monotonic() - started, 1))
+                    return
+            if time.monotonic() - started > self._settings.start_timeout_s:
+                raise EngineDied(f"not healthy after START_TIMEOUT_S={self._settings.start_timeout_s:g}")
+            await asyncio.sleep(0.1)
+
+    async def _read_models(self) -> None:
+        listing = (await self._http.get("/v1/models")).raise_for_status().json()
+        self._beat.models = [
+            Model(
+                id=entry["id"], max_model_len=entry.get("max_model_len") or 0, created=entry.get("created", 0),
+                parent=entry.get("parent"),
+            )
+            for entry in listing["data"]
+        ]
+
+    async def _announce(self) -> None:
+        """Heartbeats until told to stop."""
+        self._stepped_at = self._heard_at = time.monotonic()
+        while not self._stopping.is_set():
+            self._check_engine()
+            await self._observe()
+            await self._publish(self._state())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), self._settings.heartbeat_s)
+
+    async def _observe(self) -> None:
+        """Ask the engine's process for its load, and now and then for its step counter."""
+        now = time.monotonic()
+        try:
+            load = msgspec.json.decode((await self._http.get(LOAD_PATH)).content, type=dict[str, int])
+            self._beat.in_flight = load["in_flight"]
+            self._heard_at = time.monotonic()
+            if now - self._metrics_at >= METRICS_EVERY_S:
+                self._metrics_at = now
+                self._read_metrics((await self._http.get("/metrics")).content)
+        except httpx.HTTPError as error:
+            logger.warning("engine does not answer", worker=self._beat.id, error=type(error).__name__)
+        if self._beat.in_flight == 0:
+            self._stepped_at = time.monotonic()
+
+    def _read_metrics(self, text: bytes) -> None:
+        steps, waiting, kv_use = (sum(map(float, p.findall(text))) for p in (STEPS, WAITING, KV_USE))
+        if steps != self._steps:
+            self._steps, self._stepped_at = steps, time.monotonic()
+        self._beat.waiting, self._beat.kv_use = int(waiting), kv_use
+
+    def _state(self) -> State:
+        """Stalled: the server's process is silent, or requests run while the engine makes no step (vLLM #39863)."""
+        now = time.monotonic()
+        silent = now - self._heard_at > self._settings.stall_s / 2
+        stuck = self._beat.in_flight > 0 and now - self._stepped_at > self._settings.stall_s
+        return "stalled" if silent or stuck else "ready"
+
+    async def _publish(self, state: State) -> None:
+        if state != self._beat.state:
+            logger.info("worker state", worker=self._beat.id, was=self._beat.state, now=state)
+            self._beat.state = state
+        raw = msgspec.json.encode(self._beat).decode()
+        key = worker_key(self._beat.id)
+        try:
+            async with self._redis.pipeline(transaction=True) as pipe:
+                if state == "gone":
+                    pipe.delete(key)
+                else:
+                    pipe.set(key, raw, px=HEARTBEAT_TTL_MS)
+                    pipe.sadd(WORKERS, self._beat.id)
+                pipe.publish(CHANNEL_WORKERS, raw)
+                await pipe.execute()
+            if not self._redis_ok:
+                logger.info("redis is back", worker=self._beat.id)
+            self._redis_ok = True
+        except (RedisError, OSError) as error:
+            if self._redis_ok:
+                logger.warning("redis is away; still serving", worker=self._beat.id, error=str(error))
+            self._redis_ok = False
+
+    async def _leave(self) -> None:
+        """Out of the table first, then wait for what runs."""
+        if not self._beat.models:
+            return
+        deadline = time.monotonic() + self._settings.drain_timeout_s
+        await self._publish("draining")
+        await asyncio.sleep(min(0.3, self._settings.drain_timeout_s))  # decisions already on their way arrive
+        while time.monotonic() < deadline:
+            await self._observe()
+            if self._beat.in_flight == 0:
+                break
+            await self._publish("draining")
+            await asyncio.sleep(self._settings.heartbeat_s)
+        logger.info("drained", worker=self._beat.id, left=self._beat.in_flight)
+
+    async def _stop_engine(self) -> None:
+        process = self._engine
+        if process is None:
+            return
+        for number, patience_s in ((signal.SIGTERM, 8.0), (signal.SIGKILL, 5.0)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), patience_s)
+                break
+        with contextlib.suppress(ProcessLookupError):  # its own children, should any be left
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def _check_engine(self) -> None:
+        if self._engine is not None and self._engine.returncode is not None:
+            raise EngineDied(f"exit status {self._engine.returncode}")
+
+
+def _die_with_parent() -> None:
+    """In the engine, before exec: get SIGTERM when the agent is gone, however it went."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main() -> None:
+    """Check the settings, run the agent."""
+    try:
+        settings = WorkerSettings()  # type: ignore[call-arg]  # filled from the environment
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            print(f"worker: {name}: {problem['msg']} (value: {problem.get('input')!r})", file=sys.stderr)
+        raise SystemExit(1) from None
+    logs.configure("worker", settings.log_level)
+    raise SystemExit(asyncio.run(Agent(settings).run()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What vLLM loads with `--middleware`: the token check, the load report, and the metering of every request."""
+
+import hmac
+import os
+
+import msgspec
+from prometheus_client import REGISTRY
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway import logs
+from gateway.errors import Unauthorized, encode
+from gateway.metering import Meter, Metering
+from gateway.metrics import RequestMetrics
+from gateway.records import Recorder
+from gateway.store import connect
+from services.worker.settings import WorkerSettings
+
+LOAD_PATH = "/owngpt/load"
+"""In-flight requests as JSON, for the agent."""
+WORKER_ID = "OWNGPT_WORKER_ID"
+"""Environment variable by which the agent tells the middleware whose requests these are."""
+OPEN_PATHS = frozenset({"/health", "/metrics", LOAD_PATH})
+
+
+class WorkerMiddleware:
+    """Outermost layer of vLLM's app: without the worker token only health, metrics and load are answered."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        settings = WorkerSettings()  # type: ignore[call-arg]  # filled from the environment
+        logs.configure("worker", settings.log_level)
+        self._app = app
+        self._expected = f"Bearer {settings.worker_token}".encode()
+        self._recorder = Recorder(connect(settings))
+        served = frozenset({settings.served_name})
+        self._meter = Meter(self._recorder, RequestMetrics(REGISTRY), lambda: served)
+        self._metered = Metering(app, self._meter, os.environ[WORKER_ID])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, self._closing(send))
+            return
+        if scope["type"] != "http":
+            return
+        path = scope["path"]
+        if path == LOAD_PATH:
+            await _answer(send, 200, [(b"content-type", b"application/json")],
+                          msgspec.json.encode({"in_flight": self._meter.in_flight}))
+        elif path in OPEN_PATHS:
+            await self._app(scope, receive, send)
+        elif not any(
+            name == b"authorization" and hmac.compare_digest(value, self._expected)
+            for name, value in scope["headers"]
+        ):
+            await _answer(send, *encode(Unauthorized()))
+        else:
+            await self._metered(scope, receive, send)
+
+    def _closing(self, send: Send) -> Send:
+        """Write the last records before the server says it is down."""
+
+        async def closing(message: Message) -> None:
+            if message["type"].startswith("lifespan.shutdown"):
+                await self._recorder.close()
+            await send(message)
+
+        return closing
+
+
+async def _answer(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
