@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from gateway import errors, logs
 from gateway.auth import Authenticator, bearer
 from gateway.decode import ROUTES
-from gateway.metering import Meter, Receive, Scope, Send
+from gateway.metering import Message, Meter, Receive, Scope, Send
 from gateway.metrics import GatewayMetrics, RequestMetrics
 from gateway.path import HeldBack, RequestPath, name_request, send_error
 from gateway.records import Recorder
@@ -45,18 +45,29 @@ class Gateway:
         self._authenticator: Authenticator | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            if scope["path"] in ROUTES and self._path is not None:
-                await self._path(scope, receive, send)
-                return
-            if scope["path"] not in OPEN_PATHS:
-                request_id = name_request(scope)
-                try:
-                    assert self._authenticator is not None  # noqa: S101 - set by the lifespan before any request
-                    await self._authenticator.check(bearer(scope["headers"]))
-                except errors.ApiError as error:
-                    await send_error(error, request_id, send)
-                    return
+        if scope["type"] != "http":
+            await self.api(scope, receive, send)
+            return
+        answer = Answer(send)
+        try:
+            await self._http(scope, receive, answer)
+        except errors.ApiError as error:
+            await answer.error(error, name_request(scope))
+        except Exception as error:  # a bug of ours: the client gets our words, the log gets the cause
+            request_id = name_request(scope)
+            logger.exception("gateway failed", request_id=request_id.decode(), path=scope["path"])
+            if answer.started:
+                raise
+            await answer.error(errors.ApiError(f"The gateway failed ({type(error).__name__})."), request_id)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in ROUTES and self._path is not None:
+            await self._path(scope, receive, send)
+            return
+        if scope["path"] not in OPEN_PATHS:
+            if self._authenticator is None:
+                raise errors.Unavailable("The gateway is starting.", retry_after_s=1)
+            await self._authenticator.check(bearer(scope["headers"]))
         await self.api(scope, receive, send)
 
     @contextlib.asynccontextmanager
@@ -102,6 +113,22 @@ class Gateway:
             await recorder.close()
             await redis.aclose()
             logger.info("gateway down", pid=os.getpid())
+
+
+class Answer:
+    """A `send` that knows whether the response has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def __call__(self, message: Message) -> None:
+        self.started = True
+        await self._send(message)
+
+    async def error(self, error: errors.ApiError, request_id: bytes) -> None:
+        """Answer with an error."""
+        await send_error(error, request_id, self._send)
 
 
 async def _tend(redis: Redis, feed: Feed, table: WorkerTable, metrics: GatewayMetrics) -> None:

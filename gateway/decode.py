@@ -89,13 +89,13 @@ def decode(path: str, body: bytes, max_n: int) -> Ask:
     for field, count in (("n", ask.n), ("best_of", ask.best_of)):
         if count is not None and count > max_n:
             raise InvalidRequest(f"{field}: {count} is over the limit of {max_n} (MAX_N).", param=field)
-    if ask.chat_template and ask.chat_template != b"null":
+    if bytes(ask.chat_template) not in (b"", b"null"):
         raise InvalidRequest("chat_template: templates from requests are not accepted.", param="chat_template")
     needs = ROUTES[path][1]
     if needs and not any(getattr(ask, field) for field in needs):
         raise InvalidRequest(
             f"{needs[0]}: missing required field `{needs[0]}`.", param=needs[0], code="missing_required_parameter"
         )
-    if ask.messages and bytes(ask.messages[:1]) != b"[":
+    if ask.messages and bytes(ask.messages)[:1] != b"[":
         raise InvalidRequest("messages: Expected `array`.", param="messages", code="invalid_value")
     return ask

@@ -222,7 +222,7 @@ class _Metered:
             start, self.start = self.start, None
             self.start_sent = True
             self.record.ttft_s = time.monotonic() - self.started
-            start["headers"] = [*start["headers"], (b"server-timing", b"worker;dur=%.1f" % (self.record.ttft_s * 1e3))]
+            start["headers"] = [*start["headers"], *self._explained()]
             if self.hide_usage:  # the length may change
                 start["headers"] = [(n, v) for n, v in start["headers"] if n != b"content-length"]
             await self._send(start)
@@ -230,6 +230,16 @@ class _Metered:
             await self._send(message)
         else:
             await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
+
+    def _explained(self) -> list[tuple[bytes, bytes]]:
+        """The headers that say which request this was, who answered, and how long the first byte took."""
+        record = self.record
+        timing = b"worker;dur=%.1f" % ((time.monotonic() - self.started) * 1e3)
+        return [
+            (b"x-request-id", record.request_id.encode()),
+            (b"x-owngpt-worker", record.worker.encode()),
+            (b"server-timing", timing),
+        ]
 
     def _scan(self, chunk: bytes, more: bool) -> bytes:
         """Look at SSE bytes, whole events at a time; return what the client may see."""
@@ -344,7 +354,9 @@ class _Metered:
             code = {404: "model_not_found", 422: "unprocessable"}.get(status, "invalid_value")
             parts = encode_parts(status, message, "invalid_request_error", param, code)
         status, headers, out = parts
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send(
+            {"type": "http.response.start", "status": status, "headers": [*headers, *self._explained()]}
+        )
         await self._send({"type": "http.response.body", "body": out, "more_body": False})
 
 

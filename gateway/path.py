@@ -117,20 +117,18 @@ class RequestPath:
         worker.sent += 1
         took = time.perf_counter() - started
         self._metrics.decision_seconds.observe(took)
-        explained = [
-            (b"x-request-id", request_id),
-            (b"x-owngpt-worker", worker.beat.id.encode()),
-            (b"server-timing", b'gateway;dur=%.2f;desc="%s"' % (took * 1e3, chosen.reason.encode())),
-        ]
+        timing = b'gateway;dur=%.2f;desc="%s"' % (took * 1e3, chosen.reason.encode())
         context = f"{key.id} {len(tried.tried) + 1}".encode()
         if self._settings.edge == "nginx" and worker.beat.metered:
             self._decided[route].inc()
-            await self._accelerate(worker, context, explained, send)
+            await self._accelerate(worker, request_id, context, timing, send)
         else:
             self._metrics.decisions.labels(route, "relay").inc()
-            await self._relay(worker, ask, body, context, explained, scope, receive, send)
+            await self._relay(worker, ask, body, key.id, request_id, scope, receive, _explain(send, timing))
 
-    async def _accelerate(self, worker: Worker, context: bytes, explained: list[tuple[bytes, bytes]], send: Send) -> None:
+    async def _accelerate(
+        self, worker: Worker, request_id: bytes, context: bytes, timing: bytes, send: Send
+    ) -> None:
         """Tell nginx where to send the original request."""
         await send({
             "type": "http.response.start",
@@ -139,32 +137,31 @@ class RequestPath:
                 (b"x-accel-redirect", b"@worker"),
                 (b"x-worker", worker.beat.address.encode()),
                 (b"x-worker-token", self._token),
+                (b"x-request-id", request_id),
+                (b"server-timing", timing),
                 (CONTEXT, context),
-                *explained,
                 (b"content-length", b"0"),
             ],
         })
         await send({"type": "http.response.body", "body": b""})
 
     async def _relay(
-        self, worker: Worker, ask: Ask, body: bytes, context: bytes, explained: list[tuple[bytes, bytes]],
+        self, worker: Worker, ask: Ask, body: bytes, key_id: str, request_id: bytes,
         scope: Scope, receive: Receive, send: Send,
     ) -> None:
         """Carry the bytes; on a failure before the first one, choose again."""
         tried = attempts.Attempts()
-        request_id = explained[0][1]
-        key = context.split()[0]
         while True:
             address = worker.beat.address
             forwarded = {**scope, "headers": [
                 *[(n, v) for n, v in scope["headers"] if n not in (b"x-request-id", CONTEXT)],
                 (b"x-request-id", request_id),
-                (CONTEXT, b"%s %d" % (key, len(tried.tried) + 1)),
+                (CONTEXT, f"{key_id} {len(tried.tried) + 1}".encode()),
             ]}
             upstream = Upstream(self._session, address, self._settings.worker_token)
             app = upstream if worker.beat.metered else Metering(upstream, self._meter, worker.beat.id)
             try:
-                await app(forwarded, _replay(body, receive), _explain(send, explained))
+                await app(forwarded, _replay(body, receive), send)
                 return
             except errors.UpstreamFailed as failure:
                 tried = attempts.Attempts((*tried.tried, address), tried.deaths + failure.ran)
@@ -172,7 +169,6 @@ class RequestPath:
                 self._refuse_poison(tried, body)
                 worker = self._choose(ask, tried).worker
                 worker.sent += 1
-                explained[1] = (b"x-owngpt-worker", worker.beat.id.encode())
             except errors.ApiError as error:
                 log_refusal(error, request_id, scope["path"])
                 await send_error(error, request_id, send)
@@ -286,10 +282,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-def _explain(send: Send, explained: list[tuple[bytes, bytes]]) -> Send:
+def _explain(send: Send, timing: bytes) -> Send:
     async def explaining(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], *explained]
+            message["headers"] = [*message["headers"], (b"server-timing", timing)]
         await send(message)
 
     return explaining

@@ -14,7 +14,7 @@ from gateway.metering import CONTEXT, Receive, Scope, Send
 from gateway.settings import Settings
 
 _PASSED = {b"content-type", b"x-request-id", CONTEXT}
-_RETURNED = {"content-type", "server-timing"}
+_RETURNED = {"content-type", "server-timing", "x-request-id", "x-owngpt-worker"}
 MAX_UPSTREAM_CONNECTIONS = 4096
 
 

@@ -1,0 +1,48 @@
+# make up     the stack as local processes, in the foreground     make test    everything that can be tested here
+# make env    exports for the openai SDK                          make check   linters and types
+# make key    one more API key: make key NAME=alice               make bench   the figures of docs/log.md
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+export WORKERS MODEL PORT HOST STATE_DIR KV_CACHE_GIB CORS_ORIGINS MAX_BODY_BYTES SERVED_MODEL_NAME
+ifeq ($(origin MODEL),undefined)
+unexport MODEL
+endif
+
+.PHONY: help up env key test check bench base-images clean
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+up: .venv/.ready
+	@exec $(PY) -m services.local up
+
+env: .venv/.ready
+	@$(PY) -m services.local env
+
+key: .venv/.ready
+	@$(PY) -m services.local key "$(NAME)"
+
+# Made once; a change of a requirements file or of the constraints makes it again.
+.venv/.ready: constraints.txt gateway/requirements.txt services/worker/requirements.txt services/local/requirements.txt services/worker/install-cpu.sh services/local/install.sh
+	@services/local/install.sh services/local/requirements.txt
+	@touch $@
+
+.venv/.test-ready: .venv/.ready tests/requirements.txt
+	@$(PY) -m pip install -q -c constraints.txt -r tests/requirements.txt
+	@touch $@
+
+test: .venv/.test-ready check
+	@$(PY) -m pytest tests
+
+check: .venv/.test-ready
+	@tests/check.sh
+
+bench: .venv/.test-ready
+	@$(PY) -m bench $(BENCH)
+
+base-images:
+	@services/base/make.sh
+
+clean:
+	rm -rf .venv .bench-env

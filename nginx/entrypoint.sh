@@ -1,0 +1,30 @@
+#!/bin/sh
+# Renders the configuration from the environment, checks it, and becomes nginx. `entrypoint.sh health` asks it.
+set -eu
+export RUN_DIR=/run/nginx
+names=${SERVER_NAMES:-_}
+
+if [ "${1:-}" = health ]; then
+    exec curl -fsS -o /dev/null --max-time 1 -H "Host: ${names%% *}" http://127.0.0.1:8080/health
+fi
+
+# Known worker addresses: the part of the backend network that compose hands out to containers.
+addresses=$(seq -f "$BACKEND_PREFIX.%g:8000" 2 127)
+# shellcheck disable=SC2086 # one argument an address
+/etc/owngpt/pool.sh $addresses >"$RUN_DIR/pool.conf"
+
+CORS_MAP=
+for origin in ${CORS_ORIGINS:-}; do CORS_MAP="$CORS_MAP \"$origin\" \$http_origin;"; done
+
+LISTEN_OPTIONS=
+UNKNOWN_HOSTS=
+if [ "$names" != _ ]; then
+    UNKNOWN_HOSTS='server { listen 8080 default_server; server_name _; return 444; }'
+fi
+export CORS_MAP LISTEN_OPTIONS UNKNOWN_HOSTS SERVER_NAMES="$names" LISTEN=8080 ACCESS_LOG=/dev/stdout
+export MAX_BODY_BYTES="${MAX_BODY_BYTES:-4194304}" READ_TIMEOUT_S="${READ_TIMEOUT_S:-600}" GATEWAY_ADDRESS
+
+# shellcheck disable=SC2016 # names for envsubst, not for the shell
+envsubst '${RUN_DIR} ${LISTEN} ${LISTEN_OPTIONS} ${SERVER_NAMES} ${UNKNOWN_HOSTS} ${CORS_MAP} ${GATEWAY_ADDRESS}
+    ${MAX_BODY_BYTES} ${READ_TIMEOUT_S} ${ACCESS_LOG}' </etc/owngpt/nginx.conf.template >"$RUN_DIR/nginx.conf"
+exec nginx -p "$RUN_DIR" -e stderr -c "$RUN_DIR/nginx.conf"

@@ -1,0 +1,149 @@
+"""A worker whose engine does what the prompt says: for faults that real vLLM cannot produce on demand.
+
+The agent's heartbeat and the metering middleware are the real ones. Scripts, in the last message's content or
+the prompt:  `say N` N chunks · `slow S` waits S seconds first · `status N` · `die` · `die after N` chunks ·
+`error after N` chunks as vLLM does it · `accel` tries to steer nginx · `echo headers`.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+
+import msgspec
+import uvicorn
+from prometheus_client import REGISTRY, generate_latest
+
+from gateway.metering import Receive, Scope, Send
+from gateway.registry import Heartbeat, Model
+from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, connect, worker_key
+from services.worker.middleware import WORKER_ID, WorkerMiddleware
+from services.worker.settings import WorkerSettings
+
+MODEL = "fake"
+cancelled: list[str] = []
+
+
+def chunk(text: str, **more: object) -> bytes:
+    """One SSE event as vLLM writes it."""
+    document = {"id": "c", "object": "chat.completion.chunk", "model": MODEL,
+                "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}], **more}
+    return b"data: " + json.dumps(document, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def engine(scope: Scope, receive: Receive, send: Send) -> None:
+    """The scripted engine."""
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            await send({"type": message["type"] + ".complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+    path = scope["path"]
+    if path == "/metrics":
+        await answer(send, 200, generate_latest(REGISTRY), b"text/plain")
+        return
+    if path == "/cancelled":
+        await answer(send, 200, json.dumps(cancelled).encode())
+        return
+    body = json.loads((await receive())["body"] or b"{}")
+    script = str(body["messages"][-1]["content"] if body.get("messages") else body.get("prompt", "say 3"))
+    work = asyncio.create_task(act(script.split(), body, scope, send))
+    gone = asyncio.create_task(until_gone(receive))
+    done, _ = await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+    if work not in done:
+        work.cancel()
+        cancelled.append(dict(scope["headers"]).get(b"x-request-id", b"").decode())
+    else:
+        gone.cancel()
+        work.result()
+
+
+async def until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def act(words: list[str], body: dict, scope: Scope, send: Send) -> None:
+    verb = words[0]
+    if verb == "slow":
+        await asyncio.sleep(float(words[1]))
+    elif verb == "status":
+        await answer(send, int(words[1]), b'{"error":{"message":"Traceback: secret/path.py","type":"X","param":"seed","code":1}}')
+        return
+    elif verb == "accel":
+        await send({"type": "http.response.start", "status": 200, "headers": [
+            (b"content-type", b"application/json"), (b"x-accel-redirect", b"/v1/models")]})
+        await send({"type": "http.response.body", "body": b'{"choices":[]}'})
+        return
+    elif verb == "echo":
+        names = {n.decode(): v.decode() for n, v in scope["headers"]}
+        await answer(send, 200, json.dumps(names).encode())
+        return
+    elif verb == "die" and len(words) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    count = int(words[-1]) if words[-1].isdigit() else 3
+    usage = {"prompt_tokens": 7, "completion_tokens": count, "total_tokens": 7 + count,
+             "prompt_tokens_details": {"cached_tokens": 4}}
+    if not body.get("stream"):
+        document = {"id": "c", "object": "chat.completion", "created": 1, "model": MODEL, "usage": usage, "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": "x" * count}, "finish_reason": "stop"}]}
+        await answer(send, 200, json.dumps(document).encode())
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+    for number in range(count):
+        await send({"type": "http.response.body", "body": chunk(f"w{number} "), "more_body": True})
+        await asyncio.sleep(0.02 if verb != "say" else 0.001)
+    if verb == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if verb == "error":
+        await send({"type": "http.response.body", "more_body": True,
+                    "body": b'data: {"error":{"message":"Traceback secret/path.py","type":"X","code":500}}\n\n'})
+    elif (body.get("stream_options") or {}).get("include_usage"):
+        await send({"type": "http.response.body", "more_body": True, "body": b"data: " + json.dumps(
+            {"id": "c", "choices": [], "usage": usage}, separators=(",", ":")).encode() + b"\n\n"})
+    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def answer(send: Send, status: int, body: bytes, kind: bytes = b"application/json") -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def beat(settings: WorkerSettings, metered: bool, middleware: WorkerMiddleware) -> None:
+    """Heartbeats, as the agent sends them."""
+    redis = connect(settings)
+    worker_id = os.environ[WORKER_ID]
+    while True:
+        raw = msgspec.json.encode(Heartbeat(
+            id=worker_id, address=settings.address, state="ready", models=[Model(MODEL, 8192, int(time.time()))],
+            in_flight=middleware._meter.in_flight, slots=8, metered=metered,
+        )).decode()
+        async with redis.pipeline() as pipe:
+            pipe.set(worker_key(worker_id), raw, px=HEARTBEAT_TTL_MS)
+            pipe.sadd(WORKERS, worker_id)
+            pipe.publish(CHANNEL_WORKERS, raw)
+            await pipe.execute()
+        await asyncio.sleep(0.1)
+
+
+async def main() -> None:
+    metered = "--unmetered" not in sys.argv
+    settings = WorkerSettings()
+    middleware = WorkerMiddleware(engine)
+
+    async def bare(scope: Scope, receive: Receive, send: Send) -> None:
+        await engine(scope, receive, send)
+
+    config = uvicorn.Config(middleware if metered else bare, host="127.0.0.1", port=settings.engine_port,
+                            log_level="warning", timeout_keep_alive=5)
+    background = asyncio.create_task(beat(settings, metered, middleware))
+    await uvicorn.Server(config).serve()
+    background.cancel()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,161 @@
+"""Starts real redis, the gateway and real nginx around scripted workers, from the launcher's own templates."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import msgspec
+from redis import Redis
+
+from gateway.keys import ApiKey, make
+from gateway.store import api_key_key
+from services.local.plan import ROOT, Dials, Ports, find_nginx, find_redis, is_free, write_configs
+from services.secrets.__main__ import make as make_secrets
+from services.worker.middleware import WORKER_ID
+
+
+def wait_for(check: Callable[[], object], what: str, timeout_s: float = 10.0) -> None:
+    """Poll until `check` is true. Raises AssertionError saying what did not happen."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError, OSError):
+            if check():
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"after {timeout_s:g} s: not {what}")
+
+
+def free_ports(count: int, start: int = 21000) -> list[int]:
+    """Free loopback ports."""
+    found = []
+    for port in range(start + os.getpid() % 500 * 20, 60000):
+        if is_free(port):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("no free ports")
+
+
+class Stack:
+    """redis, gateway and nginx as processes; workers are added by tests."""
+
+    def __init__(self, folder: Path, *, processes: int = 1, edge: str = "nginx", gateways: int = 1) -> None:
+        self.folder, self.edge = folder, edge
+        ports = free_ports(14)
+        self.port, self.gateway_port, self.worker_ports = ports[0], ports[1], ports[2:]
+        self.dials = Dials(state=folder, model="/nowhere", model_name="fake", workers=12, port=self.port)
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.dials.run_dir.mkdir(mode=0o700, exist_ok=True)
+        make_secrets(self.dials.secrets)
+        write_configs(self.dials, Ports(self.gateway_port, 0, tuple(self.worker_ports)))
+        self.start_redis()
+        self.gateway_args = ["--port", str(self.gateway_port), "--processes", str(processes)]
+        self.start_gateway()
+        if edge == "nginx":
+            run_dir = str(self.dials.run_dir)
+            self.spawn("nginx", [find_nginx(), "-p", run_dir, "-e", "stderr", "-c", f"{run_dir}/nginx.conf"])
+        self.base = f"http://127.0.0.1:{self.port if edge == 'nginx' else self.gateway_port}"
+        wait_for(lambda: httpx.get(self.base + "/health").status_code == 200, "healthy")
+        self.key, self.record = self.add_key("test")
+
+    def env(self, who: str) -> dict[str, str]:
+        secrets = self.dials.secrets / who
+        return os.environ | {
+            "REDIS_URL": self.dials.redis_url, "REDIS_PASSWORD_FILE": str(secrets / "redis_password"),
+            "WORKER_TOKEN_FILE": str(secrets / "worker_token"), "PYTHONPATH": str(ROOT), "EDGE": self.edge,
+            "HOLD_BACK_S": "5",
+        }
+
+    def spawn(self, name: str, command: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+        with open(self.folder / f"{name}.log", "ab") as log:
+            self.running[name] = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log)
+        return self.running[name]
+
+    def start_redis(self) -> None:
+        self.spawn("redis", [find_redis(), str(ROOT / "services/redis/redis.conf"), "--port", "0", "--unixsocket",
+                             str(self.dials.run_dir / "redis.sock"), "--dir", str(self.folder),
+                             "--aclfile", str(self.dials.secrets / "redis/users.acl")])
+        wait_for(lambda: (self.dials.run_dir / "redis.sock").exists(), "a redis socket")
+
+    def start_gateway(self) -> None:
+        self.spawn("gateway", [sys.executable, "-m", "gateway", *self.gateway_args], self.env("gateway"))
+
+    def redis(self) -> Redis:
+        """A client with the gateway's rights."""
+        password = (self.dials.secrets / "gateway/redis_password").read_text().strip()
+        return Redis.from_url(self.dials.redis_url, username="gateway", password=password, decode_responses=True)
+
+    def add_key(self, name: str) -> tuple[str, ApiKey]:
+        key, record = make(name)
+        self.redis().set(api_key_key(record.id), msgspec.json.encode(record))
+        return key, record
+
+    def add_worker(self, name: str, *args: str) -> str:
+        """Start a scripted worker and wait until the gateway knows it. Returns its id."""
+        port = self.worker_ports[len([n for n in self.running if n.startswith("w")])]
+        env = self.env("worker") | {"ENGINE_PORT": str(port), "ADVERTISE_HOST": "127.0.0.1", WORKER_ID: name,
+                                    "MODEL": "/nowhere", "SERVED_MODEL_NAME": "fake"}
+        before = self.ready_count()
+        self.spawn(name, [sys.executable, "-m", "tests.fake_worker", *args], env)
+        wait_for(lambda: self.ready_count() > before, f"worker {name} known")
+        return name
+
+    def ready_count(self) -> int:
+        return int(httpx.get(self.base + "/ready").json()["workers"]["ready"])
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        self.running[name].send_signal(number)
+        if number == signal.SIGKILL:
+            self.running[name].wait()
+
+    def client(self, **kwargs: object) -> httpx.Client:
+        return httpx.Client(base_url=self.base, headers={"authorization": f"Bearer {self.key}"}, timeout=20, **kwargs)
+
+    def chat(self, script: str, **fields: object) -> httpx.Response:
+        with self.client() as client:
+            return client.post("/v1/chat/completions", json=body(script, **fields))
+
+    def records(self, count: int = 1) -> list[dict]:
+        """The usage stream, once it has at least `count` entries."""
+        redis = self.redis()
+        wait_for(lambda: redis.xlen("usage") >= count, f"{count} usage records")
+        return [json.loads(fields["r"]) for _, fields in redis.xrange("usage")]
+
+    def log(self, name: str) -> list[dict]:
+        lines = (self.folder / f"{name}.log").read_text(errors="replace").splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def close(self) -> None:
+        for process in self.running.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+        for process in self.running.values():
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def body(script: str, **fields: object) -> dict:
+    """A chat request for a scripted worker."""
+    return {"model": "fake", "messages": [{"role": "user", "content": script}], **fields}
+
+
+@contextlib.contextmanager
+def running(folder: Path, **kwargs: object) -> Iterator[Stack]:
+    """A stack that is gone afterwards, also when its start failed half-way."""
+    stack = Stack.__new__(Stack)
+    stack.running = {}
+    try:
+        stack.__init__(folder, **kwargs)
+        yield stack
+    finally:
+        stack.close()
