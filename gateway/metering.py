@@ -193,7 +193,7 @@ class _Metered:
             body, self.body = self.body, None
             return {"type": "http.request", "body": body, "more_body": False}
         message = await self._receive()
-        if message["type"] == "http.disconnect":
+        if message["type"] == "http.disconnect" and not self.finished:
             self.gone = True
         return message
 
@@ -318,7 +318,7 @@ class _Metered:
             record.outcome = "refused"
         elif record.status >= 500:
             record.outcome = "upstream_error"
-        elif self.gone and not (self.finished and record.stream):
+        elif self.gone:
             record.outcome = "cancelled"
         elif self.finished and record.outcome != "stream_error":
             record.outcome = "ok"

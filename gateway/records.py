@@ -30,7 +30,7 @@ Outcome = Literal[
 ]
 
 
-class Record(msgspec.Struct, omit_defaults=True):
+class Record(msgspec.Struct):
     """One request on one worker. Times are seconds; `started_at` is Unix time; tokens are counts."""
 
     request_id: str

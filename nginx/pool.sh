@@ -4,6 +4,7 @@
 # vLLM closes an idle connection after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE), so nginx lets go after 4.
 set -eu
 echo 'map $upstream_http_x_worker $worker_target {'
+echo '    volatile;'   # a second try of the same request has another worker
 echo '    default $upstream_http_x_worker;'
 for address in "$@"; do
     echo "    $address worker_$(echo "$address" | tr ':' '_');"

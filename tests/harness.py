@@ -108,7 +108,7 @@ class Stack:
         return name
 
     def ready_count(self) -> int:
-        return int(httpx.get(self.base + "/ready").json()["workers"]["ready"])
+        return int(httpx.get(self.base + "/ready").json().get("workers", {}).get("ready", 0))
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         self.running[name].send_signal(number)

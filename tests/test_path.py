@@ -1,0 +1,287 @@
+"""The request path with real nginx, redis and scripted workers: fast path, failover, poison, cancel, accounting."""
+
+import concurrent.futures
+import json
+import signal
+import time
+
+import httpx
+import pytest
+
+from tests.harness import Stack, body, running, wait_for
+
+CHAT = "/v1/chat/completions"
+
+
+def stream_events(response: httpx.Response) -> list[str]:
+    return [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+
+
+def test_an_answer_says_how_it_came_about(shared: Stack) -> None:
+    response = shared.chat("say 3")
+    assert response.json()["usage"]["completion_tokens"] == 3
+    assert response.headers["x-owngpt-worker"] in ("w1", "w2")
+    timing = ",".join(response.headers.get_list("server-timing"))
+    assert "gateway;dur=" in timing
+    assert "worker;dur=" in timing
+    assert "least-in-flight" in timing
+
+
+def test_stream_is_byte_identical_and_usage_stays_hidden(shared: Stack) -> None:
+    plain = stream_events(shared.chat("say 5", stream=True))
+    assert [json.loads(e)["choices"][0]["delta"]["content"] for e in plain[:-1]] == [f"w{i} " for i in range(5)]
+    assert plain[-1] == "[DONE]"
+    asked = stream_events(shared.chat("say 5", stream=True, stream_options={"include_usage": True}))
+    assert json.loads(asked[-2])["usage"]["completion_tokens"] == 5
+    assert asked[:5] == plain[:5]
+    off = stream_events(shared.chat("say 5", stream=True, stream_options={"include_usage": False}))
+    assert off == plain
+
+
+def test_every_request_leaves_one_record(stack: Stack) -> None:
+    stack.add_worker("w1")
+    stack.chat("say 3")
+    stack.chat("say 4", stream=True)
+    stack.chat("status 400")
+    records = stack.records(3)
+    assert len(records) == 3
+    plain, streamed, refused = records
+    assert plain["outcome"] == streamed["outcome"] == "ok"
+    assert (plain["prompt_tokens"], plain["cached_tokens"], plain["completion_tokens"]) == (7, 4, 3)
+    assert (streamed["prompt_tokens"], streamed["cached_tokens"], streamed["completion_tokens"]) == (7, 4, 4)
+    assert streamed["stream"] is True
+    assert 0 < streamed["ttft_s"] <= streamed["duration_s"]
+    assert refused["outcome"] == "client_error"
+    assert {r["key"] for r in records} == {stack.record.id}
+    assert {r["worker"] for r in records} == {"w1"}
+    assert len({r["request_id"] for r in records}) == 3
+    assert stack.redis().exists("running:w1") == 0
+    lines = [line for line in stack.log("w1") if line["event"] == "request"]
+    assert [line["request_id"] for line in lines] == [r["request_id"] for r in records]
+    scraped = httpx.get(f"http://127.0.0.1:{stack.worker_ports[0]}/metrics").text
+    assert 'owngpt_requests_total{gen_ai_request_model="fake",outcome="ok",route="chat"} 2.0' in scraped
+    everything = "".join(path.read_text(errors="replace") for path in stack.folder.glob("*.log"))
+    assert "say 3" not in everything
+    assert stack.key not in everything
+
+
+def test_load_spreads(shared: Stack) -> None:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: shared.chat("slow 0.5"), range(8)))
+    seen = [a.headers["x-owngpt-worker"] for a in answers]
+    assert 3 <= seen.count("w1") <= 5
+
+
+def test_a_long_prefix_prefers_one_worker(shared: Stack) -> None:
+    prompt = "say 1 " + "once upon a time " * 400
+    seen = {shared.chat(prompt).headers["x-owngpt-worker"] for _ in range(6)}
+    assert len(seen) == 1
+
+
+def test_a_refused_connection_costs_no_request(stack: Stack) -> None:
+    stack.add_worker("w1")
+    stack.add_worker("w2")
+    stack.kill("w1")
+    answers = [stack.chat("say 1") for _ in range(10)]
+    assert {a.status_code for a in answers} == {200}
+    assert {a.headers["x-owngpt-worker"] for a in answers} == {"w2"}
+
+
+def test_kill_under_load_fails_nothing_and_loses_no_record(stack: Stack) -> None:
+    stack.add_worker("w1")
+    stack.add_worker("w2")
+    count = 120
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        futures = [pool.submit(stack.chat, "slow 0.2") for _ in range(count)]
+        time.sleep(0.5)
+        stack.kill("w1")
+        statuses = [future.result().status_code for future in futures]
+    assert statuses == [200] * count
+    wait_for(lambda: stack.redis().exists("running:w1") == 0, "the lost worker's requests settled", 10)
+    records = stack.records(count)
+    assert sum(r["outcome"] == "ok" for r in records) == count
+    lost = [r for r in records if r["outcome"] == "upstream_error"]
+    assert all(r["worker"] == "w1" for r in lost)
+    assert any(r.get("attempt") == 2 for r in records)
+
+
+def test_a_stream_whose_worker_dies_before_its_first_token_is_saved(stack: Stack) -> None:
+    stack.add_worker("w1")
+    stack.add_worker("w2")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(stack.chat, "slow 1", stream=True) for _ in range(4)]
+        time.sleep(0.5)
+        stack.kill("w1")
+        answers = [future.result() for future in futures]
+    assert [a.status_code for a in answers] == [200] * 4
+    assert all(a.text.endswith("data: [DONE]\n\n") for a in answers)
+
+
+def test_poison_takes_two_workers_at_most_and_is_held_back(stack: Stack) -> None:
+    for name in ("w1", "w2", "w3"):
+        stack.add_worker(name)
+    poison = stack.chat("die")
+    assert poison.status_code == 502
+    assert poison.json()["error"]["code"] == "request_held_back"
+    assert [stack.running[n].poll() is not None for n in ("w1", "w2", "w3")].count(True) == 2
+    again = stack.chat("die")
+    assert again.status_code == 502
+    assert again.headers["retry-after"] == "5"
+    assert [stack.running[n].poll() is not None for n in ("w1", "w2", "w3")].count(True) == 2
+    assert stack.chat("say 1").status_code == 200
+
+
+def test_poison_with_one_worker_left_is_a_502(stack: Stack) -> None:
+    stack.add_worker("w1")
+    assert stack.chat("die").status_code == 502
+
+
+def test_4xx_is_passed_on_and_trips_nothing(stack: Stack) -> None:
+    stack.add_worker("w1")
+    for _ in range(30):
+        assert stack.chat("status 400").status_code == 400
+    assert stack.chat("say 1").status_code == 200
+    assert all(r.get("attempt", 1) == 1 for r in stack.records(31))
+
+
+def test_an_overloaded_worker_is_passed_by(stack: Stack) -> None:
+    stack.add_worker("w1")
+    response = stack.chat("status 503")
+    assert response.status_code == 503
+    assert response.headers["retry-after"]
+    assert stack.records(1)[0]["outcome"] == "refused"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_stops_the_generation(stack: Stack, stream: bool) -> None:
+    stack.add_worker("w1")
+    with stack.client() as client, pytest.raises(httpx.ReadTimeout):
+        client.post(CHAT, json=body("slow 30", stream=stream), timeout=0.5)
+    left = time.monotonic()
+    worker = f"http://127.0.0.1:{stack.worker_ports[0]}"
+    token = (stack.dials.secrets / "worker/worker_token").read_text().strip()
+    wait_for(lambda: httpx.get(worker + "/metrics").status_code == 200 and stack.redis().xlen("usage") == 1, "cancelled", 2)
+    assert time.monotonic() - left < 1.0
+    assert stack.records(1)[0]["outcome"] == "cancelled"
+    assert token
+
+
+def test_a_client_that_leaves_mid_stream_is_accounted(stack: Stack) -> None:
+    stack.add_worker("w1")
+    with stack.client() as client, client.stream("POST", CHAT, json=body("long 500", stream=True)) as response:
+        lines = response.iter_lines()  # dropping the iterator would close the response
+        next(lines)
+        time.sleep(0.3)
+    record = stack.records(1)[0]
+    assert record["outcome"] == "cancelled"
+    assert 3 <= record["completion_tokens"] <= 60
+    assert record["tokens_estimated"] is True
+
+
+def test_a_stream_that_breaks_inside_never_claims_to_be_done(stack: Stack) -> None:
+    stack.add_worker("w1")
+    events = stream_events(stack.chat("error after 2", stream=True))
+    assert json.loads(events[-1])["error"]["code"] == "stream_interrupted"
+    assert "secret" not in "".join(events)
+    assert stack.records(1)[0]["outcome"] == "stream_error"
+
+
+def test_a_worker_lost_mid_stream_is_recorded_once(stack: Stack) -> None:
+    stack.add_worker("w1")
+    stack.add_worker("w2")
+    with stack.client() as client, pytest.raises(httpx.RemoteProtocolError):
+        client.post(CHAT, json=body("die after 20", stream=True))
+    wait_for(lambda: stack.redis().xlen("usage") == 1, "the lost request settled", 10)
+    assert stack.records(1)[0]["outcome"] == "upstream_error"
+
+
+def test_redis_away_costs_no_request(stack: Stack) -> None:
+    stack.add_worker("w1")
+    assert stack.chat("say 1").status_code == 200
+    stack.kill("redis", signal.SIGSTOP)
+    started = time.monotonic()
+    statuses = []
+    while time.monotonic() - started < 5:
+        statuses.append(stack.chat("say 1").status_code)
+        time.sleep(0.05)
+    stack.kill("redis", signal.SIGCONT)
+    assert set(statuses) == {200}
+    assert len(stack.records(len(statuses) + 1)) == len(statuses) + 1
+
+
+def test_redis_killed_and_back_keeps_keys_and_workers(stack: Stack) -> None:
+    stack.add_worker("w1")
+    stack.chat("say 1")
+    time.sleep(1.2)  # appendfsync everysec
+    stack.kill("redis")
+    assert stack.chat("say 1").status_code == 200
+    (stack.dials.run_dir / "redis.sock").unlink(missing_ok=True)
+    stack.start_redis()
+    time.sleep(3)
+    assert stack.chat("say 1").status_code == 200
+    assert len(stack.records(3)) == 3
+
+
+def test_a_revoked_key_is_refused_within_a_second(stack: Stack) -> None:
+    stack.add_worker("w1")
+    assert stack.chat("say 1").status_code == 200
+    stack.redis().delete(f"key:{stack.record.id}")
+    stack.redis().publish("keys", stack.record.id)
+    time.sleep(0.5)
+    assert stack.chat("say 1").status_code == 401
+
+
+def test_the_gateway_gone_is_a_503(stack: Stack) -> None:
+    stack.add_worker("w1")
+    stack.kill("gateway")
+    response = stack.chat("say 1")
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "gateway_down"
+    stack.start_gateway()
+    wait_for(lambda: stack.ready_count() == 1, "back")
+    assert stack.chat("say 1").status_code == 200
+
+
+class TestRelay:
+    """The other path: without nginx, and for engines without the middleware."""
+
+    @pytest.mark.parametrize("edge", ["none", "nginx"])
+    def test_unmetered_engines_are_metered_by_the_relay(self, tmp_path, edge: str) -> None:
+        with running(tmp_path, edge=edge) as stack:
+            stack.add_worker("w1", "--unmetered")
+            assert stack.chat("say 3").json()["usage"]["completion_tokens"] == 3
+            events = stream_events(stack.chat("say 4", stream=True))
+            assert len(events) == 5
+            assert events[-1] == "[DONE]"
+            records = stack.records(2)
+            assert [r["completion_tokens"] for r in records] == [3, 4]
+            with stack.client() as client, pytest.raises(httpx.ReadTimeout):
+                client.post(CHAT, json=body("slow 30"), timeout=0.5)
+            assert stack.records(3)[2]["outcome"] == "cancelled"
+
+    def test_failover_and_poison(self, tmp_path) -> None:
+        with running(tmp_path, edge="none") as stack:
+            for name in ("w1", "w2", "w3"):
+                stack.add_worker(name)
+            assert stack.chat("die").json()["error"]["code"] == "request_held_back"
+            assert stack.chat("say 1").status_code == 200
+            with stack.client() as client:
+                answer = client.post(CHAT, json=body("say 1"), headers={"x-failed-worker": "127.0.0.1:1 a b c d"})
+            assert answer.status_code == 200
+
+    def test_a_stream_that_loses_its_worker_ends_with_an_error_event(self, tmp_path) -> None:
+        with running(tmp_path, edge="none") as stack:
+            stack.add_worker("w1")
+            events = stream_events(stack.chat("die after 5", stream=True))
+            assert json.loads(events[-1])["error"]["code"] == "stream_interrupted"
+
+
+def test_metrics_are_right_with_several_processes(tmp_path) -> None:
+    with running(tmp_path, processes=2) as stack:
+        stack.add_worker("w1")
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            statuses = list(pool.map(lambda _: stack.chat("say 1").status_code, range(60)))
+        assert statuses == [200] * 60
+        text = httpx.get(f"http://127.0.0.1:{stack.gateway_port}/metrics").text
+        assert 'gateway_decisions_total{result="fast",route="chat"} 60.0' in text
+        assert httpx.get(stack.base + "/metrics").status_code == 404
