@@ -24,7 +24,7 @@ def main() -> None:
     from gateway.settings import Settings
 
     try:
-        Settings()  # type: ignore[call-arg]  # filled from the environment
+        Settings()  # filled from the environment
     except ValidationError as error:
         for problem in error.errors():
             name = "_".join(str(part) for part in problem["loc"]).upper()

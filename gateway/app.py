@@ -221,6 +221,6 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 
 def create() -> Gateway:
     """The app from the environment: the factory that uvicorn calls in every process."""
-    settings = Settings()  # type: ignore[call-arg]  # filled from the environment
+    settings = Settings()  # filled from the environment
     logs.configure("gateway", settings.log_level)
     return Gateway(settings)

@@ -72,7 +72,7 @@ class _CliSettings(StateSettings):
 
 
 def _redis() -> Redis:
-    settings = _CliSettings()  # type: ignore[call-arg]  # filled from the environment
+    settings = _CliSettings()  # filled from the environment
     return Redis.from_url(
         settings.redis_url,
         username=settings.redis_user,

@@ -8,6 +8,7 @@ can still be replaced), replaces an engine's error texts with ours, and leaves o
 Per streamed chunk it does one clock-free scan for three byte patterns; the budget is 5 microseconds.
 """
 
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -66,6 +67,9 @@ class _Carrier(msgspec.Struct):
     message: _Holder | None = None
     count: int | None = None
 
+
+_PYDANTIC = re.compile(r"validation error.*?'loc': '([^']*)', 'msg': ['\"]([^'\"]*)", re.S)
+"""The first problem in vLLM's list of pydantic errors; the rest repeats it for other message classes."""
 
 _decode_wants = msgspec.json.Decoder(_Wants).decode
 _decode_carrier = msgspec.json.Decoder(_Carrier).decode
@@ -381,7 +385,16 @@ def _engine_message(body: bytes) -> tuple[str, str | None]:
         return "", None
     message, param = error.get("message") or error.get("detail"), error.get("param")
     text = message if isinstance(message, str) else ""
+    if (found := _PYDANTIC.search(text)) is not None:
+        field = _field(found[1])
+        return f"{field}: {found[2]}.", field
     return text[:2000], param if isinstance(param, str) else None
+
+
+def _field(location: str) -> str:
+    """`body.messages.0.ChatCompletionUserMessageParam.content` as the client wrote it: `messages.0.content`."""
+    parts = [part for part in location.split(".") if not part[:1].isupper()]
+    return ".".join(parts[1:] if parts[:1] == ["body"] else parts)
 
 
 __all__ = ["CONTEXT", "App", "Meter", "Metering", "Receive", "Scope", "Send"]

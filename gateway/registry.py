@@ -135,7 +135,7 @@ class WorkerTable:
         """
         now = self._clock()
         able = [w for w in self.workers.values() if model in w.names and w.beat.state != "draining"]
-        healthy = [w for w in able if w.beat.state == "ready" and w.suspect_until < now]
+        healthy = [w for w in able if w.beat.state == "ready" and w.suspect_until <= now]
         return healthy or able
 
     def models(self) -> dict[str, Model]:
@@ -194,7 +194,8 @@ class Feed:
                             self._handlers[message["channel"]](message["data"])
             except (RedisError, OSError, TimeoutError) as error:
                 if self.connected or first:
-                    logger.warning("redis is away; deciding from what is known", error=str(error) or type(error).__name__)
+                    reason = str(error) or type(error).__name__
+                    logger.warning("redis is away; deciding from what is known", error=reason)
                 self.connected = False
                 first = False
             finally:
@@ -205,7 +206,7 @@ class Feed:
 
 async def load_workers(redis: Redis, table: WorkerTable) -> None:
     """Read the workers that are registered now."""
-    ids = sorted(await redis.smembers(WORKERS))
+    ids = sorted(map(str, await redis.smembers(WORKERS)))
     if ids:
         for raw in await redis.mget([worker_key(i) for i in ids]):
             if raw is not None:
@@ -215,7 +216,7 @@ async def load_workers(redis: Redis, table: WorkerTable) -> None:
 async def reap(redis: Redis) -> int:
     """Record as `upstream_error` what lost workers left running. Returns how many requests that were."""
     lost = 0
-    for worker_id in await redis.smembers(WORKERS):
+    for worker_id in map(str, await redis.smembers(WORKERS)):
         if not await redis.exists(worker_key(worker_id)):
             keys = [worker_key(worker_id), running_key(worker_id), WORKERS, USAGE]
             count = int(await redis.eval(REAP, len(keys), *keys, worker_id, str(USAGE_MAX_ENTRIES)))

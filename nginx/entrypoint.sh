@@ -14,6 +14,7 @@ addresses=$(seq -f "$BACKEND_PREFIX.%g:8000" 2 127)
 /etc/owngpt/pool.sh $addresses >"$RUN_DIR/pool.conf"
 
 CORS_MAP=
+# shellcheck disable=SC2089,SC2090 # the quotes are meant for nginx
 for origin in ${CORS_ORIGINS:-}; do CORS_MAP="$CORS_MAP \"$origin\" \$http_origin;"; done
 
 LISTEN_OPTIONS=
@@ -21,6 +22,7 @@ UNKNOWN_HOSTS=
 if [ "$names" != _ ]; then
     UNKNOWN_HOSTS='server { listen 8080 default_server; server_name _; return 444; }'
 fi
+# shellcheck disable=SC2090
 export CORS_MAP LISTEN_OPTIONS UNKNOWN_HOSTS SERVER_NAMES="$names" LISTEN=8080 ACCESS_LOG=/dev/stdout
 export MAX_BODY_BYTES="${MAX_BODY_BYTES:-4194304}" READ_TIMEOUT_S="${READ_TIMEOUT_S:-600}" GATEWAY_ADDRESS
 

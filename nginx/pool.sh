@@ -1,4 +1,5 @@
 #!/bin/sh
+# shellcheck disable=SC2016 # the dollars are for nginx
 # Prints the part of nginx's configuration that keeps connections to workers open.
 #   pool.sh host:port ...
 # vLLM closes an idle connection after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE), so nginx lets go after 4.

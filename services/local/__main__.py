@@ -26,7 +26,14 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from services.local import model as bundled
 from services.local.plan import (
-    ROOT, Dials, Ports, UserError, pick_ports, programs, supervisor_config, write_configs,
+    ROOT,
+    Dials,
+    Ports,
+    UserError,
+    pick_ports,
+    programs,
+    supervisor_config,
+    write_configs,
 )
 from services.secrets.__main__ import make as make_secrets
 
@@ -126,8 +133,9 @@ def start(dials: Dials, ports: Ports) -> subprocess.Popen[bytes]:
     config.write_text(supervisor_config(dials, wanted))
     for program in wanted:
         (dials.state / "logs" / f"{program.name}.log").write_text("")
+    python = sys.executable
     return subprocess.Popen(
-        [sys.executable, "-m", "services.local.tether", sys.executable, "-m", "supervisor.supervisord", "-c", str(config)],
+        [python, "-m", "services.local.tether", python, "-m", "supervisor.supervisord", "-c", str(config)],
         cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )
 
@@ -220,13 +228,13 @@ def up() -> None:
     dials = read_dials()
     dials.state.mkdir(parents=True, exist_ok=True)
     check_room(dials)
-    stopped: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: (stopped.append(received), _raise_interrupt()))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     with only_one(dials):
         supervisor = None
         try:
-            with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            with Progress(*columns, console=console) as progress:
                 ports = prepare(dials, progress)
                 supervisor = start(dials, ports)
                 wait_until_ready(dials, supervisor, progress)
@@ -243,10 +251,6 @@ def up() -> None:
             if supervisor is not None:
                 stop(supervisor)
                 console.print("stopped.")
-
-
-def _raise_interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 @app.command()

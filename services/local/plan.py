@@ -101,7 +101,9 @@ def pick_ports(dials: Dials) -> Ports:
     if not 1 <= dials.port <= 65000:
         raise UserError(f"PORT={dials.port} is not a port between 1 and 65000.")
     if not is_free(dials.port, dials.host):
-        raise UserError(f"PORT={dials.port} is taken by another program. Choose another: make up PORT={dials.port + 100}")
+        raise UserError(
+            f"PORT={dials.port} is taken by another program. Choose another: make up PORT={dials.port + 100}"
+        )
     free = (port for port in range(dials.port + 1, 65535) if is_free(port))
     return Ports(next(free), next(free), tuple(next(free) for _ in range(dials.workers)))
 
@@ -132,10 +134,10 @@ def render(template: Path, values: dict[str, str]) -> str:
 
 
 def cpu_slices(workers: int) -> list[str]:
-    """VLLM_CPU_OMP_THREADS_BIND for each worker: the allowed cores, dealt out; all of them to a single worker."""
+    """VLLM_CPU_OMP_THREADS_BIND for each of several workers: the cores dealt out. Empty: the worker decides."""
     cores = sorted(os.sched_getaffinity(0))
     if workers == 1 or len(cores) < workers:
-        return ["auto"] * workers
+        return [""] * workers
     return [",".join(map(str, cores[i::workers])) for i in range(workers)]
 
 

@@ -214,7 +214,7 @@ def _die_with_parent() -> None:
 def main() -> None:
     """Check the settings, run the agent."""
     try:
-        settings = WorkerSettings()  # type: ignore[call-arg]  # filled from the environment
+        settings = WorkerSettings()  # filled from the environment
     except ValidationError as error:
         for problem in error.errors():
             name = "_".join(str(part) for part in problem["loc"]).upper()

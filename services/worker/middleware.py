@@ -26,7 +26,7 @@ class WorkerMiddleware:
     """Outermost layer of vLLM's app: without the worker token only health, metrics and load are answered."""
 
     def __init__(self, app: ASGIApp) -> None:
-        settings = WorkerSettings()  # type: ignore[call-arg]  # filled from the environment
+        settings = WorkerSettings()  # filled from the environment
         logs.configure("worker", settings.log_level)
         self._app = app
         self._expected = f"Bearer {settings.worker_token}".encode()

@@ -30,7 +30,7 @@ class WorkerSettings(StateSettings):
     tensor_parallel_size: int = Field(1, ge=1)
     quantization: str = ""
     tool_call_parser: str = "hermes"
-    cpu_threads_bind: str = Field("auto", description="CPU only: VLLM_CPU_OMP_THREADS_BIND")
+    cpu_threads_bind: str = Field("", description="CPU only: VLLM_CPU_OMP_THREADS_BIND; default: by core count")
     engine_args: str = Field("", description="further vLLM flags, as on a command line")
     start_timeout_s: float = Field(1800.0, gt=0)
     drain_timeout_s: float = Field(120.0, ge=0)

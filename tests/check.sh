@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Everything that reads the code without running it. A linter that is not there is named, not passed over in silence.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+bin=.venv/bin
+failed=0
+run() {
+    echo "check: $1"
+    shift
+    "$@" || { failed=1; echo "  FAILED: $*"; }
+}
+run ruff "$bin/ruff" check .
+run mypy "$bin/mypy" --strict gateway services bench
+run shellcheck "$bin/shellcheck" services/base/make.sh services/worker/install-cpu.sh services/local/install.sh \
+    nginx/entrypoint.sh nginx/pool.sh tests/check.sh .ci/run .ci/docker.sh
+run "nginx: gixy and nginx -t" "$bin/python" -m tests.lint_nginx
+if command -v docker >/dev/null && docker compose version >/dev/null 2>&1; then
+    run "compose config (cpu)" env ACCELERATOR=cpu docker compose config --quiet
+    run "compose config (cuda)" env ACCELERATOR=cuda docker compose config --quiet
+else
+    echo "check: compose config SKIPPED (no docker compose here)"
+fi
+for dockerfile in gateway/Dockerfile nginx/Dockerfile services/*/Dockerfile; do
+    run "hadolint $dockerfile" "$bin/hadolint" --ignore DL3042 --ignore DL3013 --ignore DL3025 "$dockerfile"
+done
+if command -v promtool >/dev/null; then
+    run "promtool" "$bin/python" -m tests.lint_prometheus
+else
+    echo "check: promtool SKIPPED (not on PATH)"
+fi
+exit $failed

@@ -1,0 +1,147 @@
+"""The compose stack in real containers: up, ask, scale, kill, restart each service, down; and its hardening."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from services.local.plan import ROOT
+from tests.harness import free_ports, wait_for
+
+MODEL = "smollm2-135m-instruct"
+PORT = free_ports(1, 50000)[0]
+ENV = os.environ | {"PORT": str(PORT), "BACKEND_PREFIX": "172.31.241", "COMPOSE_PROJECT_NAME": "owngpt-test"}
+BASE = f"http://127.0.0.1:{PORT}"
+
+
+def docker(*args: str, timeout_s: float = 900, check: bool = True) -> str:
+    done = subprocess.run(["docker", *args], cwd=ROOT, env=ENV, capture_output=True, text=True,
+                          timeout=timeout_s, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"docker {' '.join(args)}: {done.stderr[-3000:]}")
+    return done.stdout
+
+
+def no_engine() -> str:
+    """Why containers cannot run here, or nothing."""
+    try:
+        done = subprocess.run(["docker", "info"], capture_output=True, text=True, timeout=20, check=False)
+    except OSError:
+        return "there is no docker command"
+    return "" if done.returncode == 0 else "no Docker engine answers (docker info)"
+
+
+needs_engine = pytest.mark.skipif(bool(no_engine()), reason=no_engine() or "never")
+
+
+def config(**env: str) -> dict:
+    done = subprocess.run(["docker", "compose", "config", "--format", "json"], cwd=ROOT, env=ENV | env,
+                          capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"docker compose is not installed: {done.stderr[-200:]}")
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_every_container_is_hardened(accelerator: str) -> None:
+    services = config(ACCELERATOR=accelerator)["services"]
+    assert set(services) == {"secrets", "nginx", "gateway", "worker", "fetch", "redis", "redis-cache"}
+    for name, service in services.items():
+        assert service["user"] == "10001:10001", name
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service.get("pids_limit"), name
+        assert not service.get("privileged"), name
+        assert "docker.sock" not in json.dumps(service), name
+        assert name == "secrets" or service.get("mem_limit"), name
+        assert bool(service.get("ports")) == (name == "nginx"), name
+    assert services["nginx"]["ports"][0]["host_ip"] == "127.0.0.1"
+    assert all("edge" not in services[n]["networks"] for n in ("gateway", "worker", "redis", "redis-cache"))
+    assert config()["networks"]["backend"]["internal"] is True
+
+
+def test_cuda_is_one_variable_and_pinned() -> None:
+    worker = config(ACCELERATOR="cuda")["services"]["worker"]
+    assert worker["build"]["target"] == "cuda"
+    assert worker["build"]["args"]["CUDA_IMAGE"] == "vllm/vllm-openai:v0.32.0"
+    assert worker["environment"]["MODEL"] == "mistralai/Mistral-7B-Instruct-v0.3"
+    assert worker["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    llama = config(ACCELERATOR="cuda", MODEL="meta-llama/Meta-Llama-3-8B-Instruct")["services"]
+    assert llama["worker"]["environment"]["MODEL"] == llama["fetch"]["environment"]["MODEL"]
+
+
+@pytest.fixture(scope="module")
+def containers() -> Iterator[openai.OpenAI]:
+    """The stack, built and up; an SDK client with a fresh key. Volumes are removed afterwards."""
+    print("\nbuilding the images (a few minutes the first time)", flush=True)
+    docker("compose", "build", timeout_s=1800)
+    print("starting the containers", flush=True)
+    try:
+        docker("compose", "up", "-d", "--wait")
+        key = docker("compose", "exec", "-T", "gateway", "python", "-m", "gateway.keys", "create", "test").strip()
+        yield openai.OpenAI(base_url=BASE + "/v1", api_key=key, timeout=120, max_retries=0)
+    finally:
+        print("\n" + docker("compose", "ps", "-a", check=False), flush=True)
+        docker("compose", "down", "-v", "--timeout", "20", check=False)
+
+
+def ask(sdk: openai.OpenAI) -> str:
+    answer = sdk.chat.completions.with_raw_response.create(
+        model=MODEL, messages=[{"role": "user", "content": "Say hi"}], max_tokens=4, temperature=0)
+    assert answer.parse().choices[0].message.content
+    return answer.headers["x-owngpt-worker"]
+
+
+def ready() -> int:
+    return int(httpx.get(BASE + "/ready").json().get("workers", {}).get("ready", 0))
+
+
+@needs_engine
+def test_it_answers(containers: openai.OpenAI) -> None:
+    assert ask(containers)
+    parts = containers.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Say hi"}], max_tokens=8, stream=True)
+    assert len(list(parts)) > 3
+
+
+@needs_engine
+def test_only_nginx_is_reachable_and_users_are_not_root(containers: openai.OpenAI) -> None:
+    published = docker("compose", "ps", "--format", "{{.Service}} {{.Ports}}")
+    assert [line.split()[0] for line in published.splitlines() if "->" in line] == ["nginx"]
+    for service in ("nginx", "gateway", "worker", "redis", "redis-cache"):
+        assert docker("compose", "exec", "-T", service, "id", "-u").strip() == "10001"
+    assert httpx.get(BASE + "/metrics").status_code == 404
+    outward = "import urllib.request; urllib.request.urlopen('http://1.1.1.1', timeout=2)"
+    assert "Network is unreachable" in subprocess.run(
+        ["docker", "compose", "exec", "-T", "worker", "python", "-c", outward],
+        cwd=ROOT, env=ENV, capture_output=True, text=True, check=False).stderr
+
+
+@needs_engine
+def test_scale_kill_and_ask_again(containers: openai.OpenAI) -> None:
+    print("\nscaling to two workers", flush=True)
+    docker("compose", "up", "-d", "--wait", "--scale", "worker=2")
+    wait_for(lambda: ready() == 2, "two workers", 60)
+    assert len({ask(containers) for _ in range(30)}) == 2
+    victim = docker("compose", "ps", "-q", "worker").split()[0]
+    docker("kill", "--signal", "KILL", victim)
+    for _ in range(10):
+        assert ask(containers)
+    wait_for(lambda: ready() == 1, "one worker left", 10)
+    docker("compose", "up", "-d", "--wait", "--scale", "worker=1")
+
+
+@needs_engine
+def test_each_service_survives_a_restart(containers: openai.OpenAI) -> None:
+    for service in ("redis-cache", "redis", "gateway", "nginx", "worker"):
+        print(f"\nrestarting {service}", flush=True)
+        docker("compose", "restart", "--timeout", "20", service)
+        wait_for(lambda: ready() == 1, f"ready after {service}", 180)
+        time.sleep(0.5)
+        assert ask(containers), service

@@ -1,0 +1,336 @@
+"""The embedded stack as a user has it: `make up`'s launcher, real vLLM, the official openai SDK.
+
+One `up` with two workers for the module; the tests that break things come last and put things right again.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from redis import Redis
+
+from services.local.plan import ROOT, Dials
+from tests.harness import free_ports, wait_for
+
+MODEL = "smollm2-135m-instruct"
+START_S = 400.0
+
+
+def launch(state: Path, port: int, **dials: str) -> subprocess.Popen[str]:
+    env = os.environ | {"STATE_DIR": str(state), "PORT": str(port), "PYTHONPATH": str(ROOT)} | dials
+    return subprocess.Popen([sys.executable, "-m", "services.local", "up"], cwd=ROOT, env=env, text=True,
+                            stdout=open(state.parent / f"up-{port}.log", "w"), stderr=subprocess.STDOUT)
+
+
+class Up:
+    """A running `make up`."""
+
+    def __init__(self, state: Path, workers: int) -> None:
+        self.state, self.port = state, free_ports(1, 30000)[0]
+        self.log = state.parent / f"up-{self.port}.log"
+        started = time.monotonic()
+        self.launcher = launch(state, self.port, WORKERS=str(workers))
+        wait_for(lambda: "OwnGPT is up" in self.screen() or self.launcher.poll() is not None, "up", START_S)
+        assert self.launcher.poll() is None, self.screen()
+        self.took_s = time.monotonic() - started
+        self.base = f"http://127.0.0.1:{self.port}"
+        self.key = (state / "api_key").read_text().strip()
+        self.sdk = openai.OpenAI(base_url=self.base + "/v1", api_key=self.key, timeout=120, max_retries=0)
+
+    def screen(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def redis(self) -> Redis:
+        dials = Dials(state=self.state, model="", model_name="")
+        password = (dials.secrets / "gateway/redis_password").read_text().strip()
+        return Redis.from_url(dials.redis_url, username="gateway", password=password, decode_responses=True)
+
+    def ready(self) -> int:
+        return int(httpx.get(self.base + "/ready").json().get("workers", {}).get("ready", 0))
+
+    def engine_pids(self) -> list[int]:
+        """Process ids of vLLM's API servers, one a worker."""
+        found = subprocess.run(["pgrep", "-f", f"vllm.entrypoints.openai.api_server --model {self.state}"],
+                               capture_output=True, text=True, check=False).stdout
+        return [int(pid) for pid in found.split()]
+
+    def everything(self) -> list[str]:
+        """Every process that belongs to this stack."""
+        listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+        marks = (str(self.state), str(Dials(state=self.state, model="", model_name="").run_dir))
+        return [line for line in listing.splitlines() if any(mark in line for mark in marks)]
+
+    def ask(self, text: str, **options: object) -> object:
+        return self.sdk.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": text}], temperature=0, **{"max_tokens": 16, **options}
+        )
+
+    def records(self) -> list[str]:
+        return [fields["r"] for _, fields in self.redis().xrange("usage")]
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """Two real workers, from an empty state folder (the bundled model may be linked from an earlier start)."""
+    state = tmp_path_factory.mktemp("embedded") / "state"
+    state.mkdir()
+    kept = ROOT / ".state/models"
+    if kept.exists():
+        (state / "models").symlink_to(kept)
+    print("\nstarting two real workers (about a minute)", flush=True)
+    stack = Up(state, 2)
+    yield stack
+    stack.launcher.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        stack.launcher.wait(60)
+
+
+def test_first_screen_pastes(up: Up) -> None:
+    line = next(line for line in up.screen().splitlines() if line.strip().startswith("curl "))
+    answer = subprocess.run(["bash", "-c", line.strip()], capture_output=True, text=True, check=True).stdout
+    assert '"choices"' in answer
+
+
+def test_make_env_is_what_the_sdk_needs(up: Up) -> None:
+    env = os.environ | {"STATE_DIR": str(up.state)}
+    printed = subprocess.run([sys.executable, "-m", "services.local", "env"], cwd=ROOT, env=env,
+                             capture_output=True, text=True, check=True).stdout
+    code = "import openai; c = openai.OpenAI(); print(c.models.list().data[0].id)"
+    shown = subprocess.run(["bash", "-c", f"eval '{printed}'; {sys.executable} -c '{code}'"],
+                           capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == MODEL
+
+
+def test_models(up: Up) -> None:
+    assert [model.id for model in up.sdk.models.list()] == [MODEL]
+    assert up.sdk.models.retrieve(MODEL).id == MODEL
+
+
+def test_chat_and_stream_give_the_same_text(up: Up) -> None:
+    whole = up.ask("What is the capital of France?")
+    assert whole.choices[0].message.content
+    assert whole.usage.completion_tokens <= 16
+    parts = up.ask("What is the capital of France?", stream=True)
+    assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == whole.choices[0].message.content
+
+
+def test_usage_in_streams_only_when_asked(up: Up) -> None:
+    assert not [p for p in up.ask("Hi", stream=True) if p.usage]
+    asked = [p for p in up.ask("Hi", stream=True, stream_options={"include_usage": True}) if p.usage]
+    assert len(asked) == 1
+    assert asked[0].choices == []
+
+
+def test_logprobs_n_and_stop(up: Up) -> None:
+    answer = up.ask("Count: one two", logprobs=True, top_logprobs=2, n=2, stop=["."])
+    assert len(answer.choices) == 2
+    assert len(answer.choices[0].logprobs.content[0].top_logprobs) == 2
+
+
+def test_json_schema_is_obeyed(up: Up) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}},
+              "required": ["city"], "additionalProperties": False}
+    answer = up.ask("Name a city as JSON.", max_tokens=60, response_format={
+        "type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}})
+    assert re.fullmatch(r'\s*\{\s*"city"\s*:\s*".{0,12}"\s*\}\s*', answer.choices[0].message.content, re.S)
+
+
+def test_a_named_tool_is_called(up: Up) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string", "maxLength": 10}}, "required": ["city"]}}}
+    answer = up.ask("Weather in Rome?", max_tokens=60, tools=[tool],
+                    tool_choice={"type": "function", "function": {"name": "weather"}})
+    call = answer.choices[0].message.tool_calls[0]
+    assert call.function.name == "weather"
+    assert '"city"' in call.function.arguments
+
+
+def test_completions_responses_messages_tokenize(up: Up) -> None:
+    assert up.sdk.completions.create(model=MODEL, prompt="Once", max_tokens=4).choices[0].text
+    assert up.sdk.responses.create(model=MODEL, input="Say hi", max_output_tokens=8).output_text is not None
+    headers = {"authorization": f"Bearer {up.key}"}
+    message = httpx.post(up.base + "/v1/messages", headers=headers, timeout=60, json={
+        "model": MODEL, "max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]}).json()
+    assert message["type"] == "message"
+    tokens = httpx.post(up.base + "/tokenize", headers=headers, json={"model": MODEL, "prompt": "hello there"}).json()
+    assert tokens["count"] == len(tokens["tokens"]) == 2
+    text = httpx.post(up.base + "/detokenize", headers=headers, json={"model": MODEL, "tokens": tokens["tokens"]}).json()
+    assert text["prompt"] == "hello there"
+
+
+def test_errors_are_the_sdks_own_classes(up: Up) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        up.sdk.chat.completions.create(model="none", messages=[{"role": "user", "content": "x"}])
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as bad:
+        up.ask("x", max_tokens=100_000)
+    assert bad.value.param == "max_tokens"
+    with pytest.raises(openai.BadRequestError) as wrong:
+        up.sdk.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": 5}])
+    assert wrong.value.param == "messages.0.content"
+    assert "ChatCompletion" not in str(wrong.value)
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=up.base + "/v1", api_key="x", max_retries=0).models.list()
+    with pytest.raises(openai.NotFoundError) as embeddings:
+        up.sdk.embeddings.create(model=MODEL, input="x")
+    assert embeddings.value.code == "unsupported_endpoint"
+
+
+def test_image_urls_are_not_fetched(up: Up) -> None:
+    with pytest.raises(openai.BadRequestError):
+        up.sdk.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": f"{up.base}/health"}}]}])
+
+
+def test_records_carry_vllms_own_counts(up: Up) -> None:
+    before = len(up.records())
+    usage = up.ask("Tell me of the sea.").usage
+    wait_for(lambda: len(up.records()) > before, "a record", 5)
+    newest = up.records()[-1]
+    assert f'"prompt_tokens":{usage.prompt_tokens}' in newest
+    assert f'"completion_tokens":{usage.completion_tokens}' in newest
+    assert "sea" not in newest
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_stops_vllm(up: Up, stream: bool) -> None:
+    wait_for(lambda: running_requests(up) == 0, "idle", 20)
+    with pytest.raises(openai.APITimeoutError):
+        up.sdk.with_options(timeout=1.0).chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "Write a long story."}],
+            max_tokens=4000, extra_body={"ignore_eos": True}, stream=stream) if not stream else leave_stream(up)
+    left = time.monotonic()
+    wait_for(lambda: running_requests(up) == 0, "stopped at the engine", 5)
+    assert time.monotonic() - left < 1.0 + 0.5  # half a second for the engine's own metrics to follow
+    wait_for(lambda: '"outcome":"cancelled"' in up.records()[-1], "recorded as cancelled", 5)
+
+
+def leave_stream(up: Up) -> None:
+    stream = up.ask("Write a long story.", max_tokens=4000, stream=True, extra_body={"ignore_eos": True})
+    for number, _ in enumerate(stream):
+        if number == 5:
+            stream.close()
+            raise openai.APITimeoutError(request=None)
+
+
+def running_requests(up: Up) -> float:
+    """vLLM's own gauge over all workers."""
+    total = 0.0
+    for pid in up.engine_pids():
+        port = re.search(r"--port\0(\d+)", Path(f"/proc/{pid}/cmdline").read_text())[1]
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        total += sum(map(float, re.findall(r"^vllm:num_requests_running\{[^}]*\} (\S+)", text, re.M)))
+    return total
+
+
+def test_workers_refuse_whoever_lacks_the_token(up: Up) -> None:
+    for pid in up.engine_pids():
+        port = re.search(r"--port\0(\d+)", Path(f"/proc/{pid}/cmdline").read_text())[1]
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json={}).status_code == 401
+        assert httpx.post(f"http://127.0.0.1:{port}/pause").status_code == 401
+
+
+def test_a_stuck_engine_is_avoided_within_five_seconds(up: Up) -> None:
+    pid = up.engine_pids()[0]
+    core = int(subprocess.run(["pgrep", "-P", str(pid), "-f", "EngineCore"], capture_output=True, text=True,
+                              check=True).stdout.split()[0])
+    os.kill(core, signal.SIGSTOP)
+    try:
+        stuck = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            probes = [pool.submit(up.ask, "Hi", max_tokens=2, timeout=60) for _ in range(4)]
+            wait_for(lambda: up.ready() == 1, "the stuck worker avoided", 8)
+            assert time.monotonic() - stuck <= 5.0
+            for _ in range(4):
+                assert up.sdk.with_options(timeout=10).chat.completions.create(
+                    model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=2).choices
+            os.kill(core, signal.SIGCONT)
+            for probe in probes:
+                assert probe.result().choices
+    finally:
+        os.kill(core, signal.SIGCONT)
+    wait_for(lambda: up.ready() == 2, "back", 10)
+
+
+def test_kill_9_under_load_fails_no_request(up: Up) -> None:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(up.ask, f"{n} Tell me a story.", max_tokens=24) for n in range(40)]
+        time.sleep(1.5)
+        os.kill(up.engine_pids()[0], signal.SIGKILL)
+        answers = [future.result() for future in futures]
+    assert all(answer.choices for answer in answers)
+    print("\nwaiting for the killed worker to come back", flush=True)
+    wait_for(lambda: up.ready() == 2, "both workers back", 120)
+
+
+def test_a_second_stack_on_the_same_state_is_refused(up: Up) -> None:
+    second = launch(up.state, free_ports(1, 40000)[0])
+    assert second.wait(60) == 1
+
+
+def test_kill_9_of_the_launcher_leaves_nothing_behind(up: Up) -> None:
+    """And the next start needs no install and no unpacking."""
+    assert len(up.everything()) > 5
+    up.launcher.kill()
+    up.launcher.wait()
+    wait_for(lambda: not up.everything(), f"all gone: {up.everything()}", 45)
+    again = Up(up.state, 1)
+    assert again.key == up.key
+    ready = next(line for line in (up.state / "logs/worker-1.log").read_text().splitlines() if '"engine ready"' in line)
+    engine_s = float(re.search(r'"after_s":([\d.]+)', ready)[1])
+    print(f"\nsecond start: {again.took_s:.1f} s, of which the engine {engine_s:.1f} s", flush=True)
+    assert again.took_s - engine_s < 3.0
+    again.launcher.send_signal(signal.SIGINT)
+    assert again.launcher.wait(60) == 0
+    wait_for(lambda: not again.everything(), "all gone after Ctrl-C", 10)
+
+
+@pytest.mark.parametrize(("dials", "says"), [
+    ({"MODEL": "/no/such/folder"}, "no checkpoint"),
+    ({"MODEL": "nonsense"}, "neither a checkpoint folder nor a hub name"),
+    ({"WORKERS": "0"}, "between 1 and 16"),
+    ({"WORKERS": "two"}, "whole numbers"),
+    ({"WORKERS": "16", "KV_CACHE_GIB": "400"}, "GB of free memory"),
+    ({"PORT": "99999"}, "not a port"),
+])
+def test_mistakes_get_one_clear_line(tmp_path: Path, dials: dict[str, str], says: str) -> None:
+    state = tmp_path / "state"
+    env = os.environ | {"STATE_DIR": str(state), "PORT": str(free_ports(1, 45000)[0])} | dials
+    (state / "models").mkdir(parents=True)
+    done = subprocess.run([sys.executable, "-m", "services.local", "up"], cwd=ROOT, env=env, text=True,
+                          capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_taken_port_is_said_and_another_proposed(tmp_path: Path, unused_port_holder: int) -> None:
+    state = tmp_path / "state"
+    (state / "models/smollm2-135m-instruct").mkdir(parents=True)
+    (state / "models/smollm2-135m-instruct/config.json").write_text("{}")
+    env = os.environ | {"STATE_DIR": str(state), "PORT": str(unused_port_holder)}
+    done = subprocess.run([sys.executable, "-m", "services.local", "up"], cwd=ROOT, env=env, text=True,
+                          capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert f"PORT={unused_port_holder} is taken" in done.stderr
+
+
+@pytest.fixture
+def unused_port_holder() -> Iterator[int]:
+    """A port that somebody else listens on."""
+    import socket
+
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        yield holder.getsockname()[1]

@@ -1,0 +1,291 @@
+"""Pure functions: decode, routing, attempts, keys, the SSE scan, settings, the engine's command line."""
+
+import asyncio
+import json
+import os
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway import attempts, keys, routing
+from gateway.decode import decode
+from gateway.errors import ApiError, InvalidRequest
+from gateway.metering import Metering, _ask_for_usage
+from gateway.records import Record
+from gateway.registry import Heartbeat, Model, Worker, WorkerTable
+from gateway.settings import Settings, read_secret
+from services.local.plan import ROOT
+from services.worker import engine
+from services.worker.settings import WorkerSettings
+
+
+def worker(name: str, load: int = 0, state: str = "ready", models: tuple[str, ...] = ("m",)) -> Worker:
+    beat = Heartbeat(name, f"{name}:1", state, [Model(m, 1) for m in models], in_flight=load)  # type: ignore[arg-type]
+    return Worker(beat, 0.0)
+
+
+class TestRouting:
+    def test_least_in_flight(self) -> None:
+        assert routing.choose([worker("a", 3), worker("b", 1)], "m", b"").worker.beat.id == "b"
+
+    @given(st.binary(min_size=1024, max_size=6000))
+    def test_equal_prefixes_meet_in_every_process(self, prefix: bytes) -> None:
+        workers = [worker(name) for name in "abcd"]
+        first = routing.choose(workers, "m", prefix).worker.beat.id
+        assert routing.choose(workers[::-1], "m", prefix).worker.beat.id == first
+
+    def test_a_hot_prefix_cannot_own_a_worker(self) -> None:
+        workers = [worker(name) for name in "abcd"]
+        for _ in range(400):
+            routing.choose(workers, "m", b"x" * 5000).worker.sent += 1
+        loads = sorted(w.load for w in workers)
+        assert loads[-1] <= 1.5 * 100
+        assert loads[0] > 50
+
+    @given(st.lists(st.integers(0, 500), min_size=2, max_size=8), st.binary(min_size=1024, max_size=1100))
+    def test_bounded_load(self, loads: list[int], prefix: bytes) -> None:
+        workers = [worker(f"w{i}", load) for i, load in enumerate(loads)]
+        chosen = routing.choose(workers, "m", prefix).worker.load
+        assert chosen <= max(routing.LOAD_RATIO * sum(loads) / len(loads), min(loads) + routing.LOAD_SLACK)
+
+    def test_losing_a_worker_moves_only_its_prefixes(self) -> None:
+        workers = [worker(name) for name in "abcd"]
+        prefixes = [bytes([i % 256, i // 256]) * 600 for i in range(300)]
+        before = {p: routing.rendezvous(workers, "m", p).beat.id for p in prefixes}
+        after = {p: routing.rendezvous(workers[1:], "m", p).beat.id for p in prefixes}
+        assert all(after[p] == before[p] for p in prefixes if before[p] != "a")
+        counts = [list(before.values()).count(name) for name in "abcd"]
+        assert min(counts) > 40
+
+
+class TestTable:
+    def beat(self, name: str, state: str = "ready", in_flight: int = 0) -> bytes:
+        return msgspec.json.encode(Heartbeat(name, f"{name}:1", state, [Model("m", 1)], in_flight=in_flight))  # type: ignore[arg-type]
+
+    def test_life_of_a_worker(self) -> None:
+        now = [0.0]
+        table = WorkerTable(lambda: now[0])
+        table.take(self.beat("a"))
+        table.take(self.beat("b"))
+        assert len(table.serving("m")) == 2
+        table.take(self.beat("a", "stalled"))
+        assert [w.beat.id for w in table.serving("m")] == ["b"]
+        table.take(self.beat("b", "draining"))
+        assert [w.beat.id for w in table.serving("m")] == ["a"], "a stalled worker is better than none"
+        table.take(self.beat("a"))
+        table.suspect("a:1")
+        table.take(self.beat("b"))
+        assert [w.beat.id for w in table.serving("m")] == ["b"]
+        now[0] = 2.5
+        table.take(self.beat("a"))
+        assert len(table.serving("m")) == 2
+        now[0] = 4.0
+        table.expire()
+        assert [w.beat.id for w in table.serving("m")] == ["a"]
+        table.take(self.beat("a", "gone"))
+        assert table.serving("m") == []
+        table.take(b"{nonsense")
+
+    def test_load_never_leaks(self) -> None:
+        table = WorkerTable()
+        table.take(self.beat("a"))
+        table.workers["a"].sent += 50
+        assert table.workers["a"].load == 50
+        table.take(self.beat("a", in_flight=0))
+        assert table.workers["a"].load == 0
+
+
+class TestAttempts:
+    def test_refused_then_died(self) -> None:
+        seen = attempts.read(" a:1 b:1", "300 : 0 : 350 : 512", "200 : 502 : 200 : 502")
+        assert seen == attempts.Attempts(("a:1", "b:1"), 1, False)
+
+    def test_a_retried_connection_counts_once(self) -> None:
+        assert attempts.read("a:1", "0, 300 : 0, 900", "502, 200 : 502, 502").deaths == 1
+
+    def test_refusal_by_the_engine_is_no_death(self) -> None:
+        assert attempts.read("a:1", "300 : 900", "200 : 503").deaths == 0
+
+    def test_timeout(self) -> None:
+        assert attempts.read("a:1", "300 : 900", "200 : 504").timed_out
+
+    @given(st.text(), st.text(), st.text())
+    def test_anything_parses(self, failed: str, sent: str, status: str) -> None:
+        attempts.read(failed, sent, status)
+
+
+class TestKeys:
+    @given(st.text(max_size=120))
+    def test_junk_never_has_an_id(self, junk: str) -> None:
+        assert keys.key_id_of(junk) is None
+
+    def test_a_key_matches_itself_only(self) -> None:
+        key, record = keys.make("x")
+        assert keys.key_id_of(key) == record.id
+        assert keys.matches(key, record)
+        assert not keys.matches(keys.make("x")[0], record)
+        assert key not in msgspec.json.encode(record).decode()
+
+    @pytest.mark.parametrize("name", ["", "a" * 65, "x\ny", "../x", "{"])
+    def test_names_are_plain(self, name: str) -> None:
+        with pytest.raises(ValueError, match="name"):
+            keys.make(name)
+
+
+class TestDecode:
+    @given(st.binary(max_size=300))
+    def test_any_bytes_give_an_ask_or_an_api_error(self, raw: bytes) -> None:
+        try:
+            decode("/v1/chat/completions", raw, 16)
+        except ApiError as error:
+            assert error.status == 400
+
+    @given(st.dictionaries(st.sampled_from(["model", "stream", "n", "max_tokens", "messages", "prompt", "zzz"]),
+                           st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+                                        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)))
+    def test_any_json_gives_an_ask_or_a_400(self, document: dict) -> None:
+        try:
+            ask = decode("/v1/chat/completions", json.dumps(document).encode("utf-8", "surrogatepass"), 16)
+        except InvalidRequest:
+            return
+        assert ask.model == document["model"]
+
+
+def metered(events: list[bytes], hide: bool = True) -> tuple[bytes, Record]:
+    """What a client sees of a stream, and the record."""
+    sent: list[bytes] = []
+    records: list[Record] = []
+
+    class FakeMeter:
+        def begin(self, record: Record) -> None: ...
+        def end(self, record: Record) -> None:
+            records.append(record)
+
+    async def app(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for event in events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def receive() -> dict:
+        options = "" if hide else ',"stream_options":{"include_usage":true}'
+        return {"type": "http.request", "body": f'{{"model":"m","stream":true{options}}}'.encode()}
+
+    async def send(message) -> None:  # type: ignore[no-untyped-def]
+        sent.append(message.get("body", b""))
+
+    scope = {"type": "http", "path": "/v1/chat/completions", "method": "POST", "headers": []}
+    asyncio.run(Metering(app, FakeMeter(), "w")(scope, receive, send))  # type: ignore[arg-type]
+    return b"".join(sent), records[0]
+
+
+TEXT = [b'data: {"choices":[{"delta":{"content":"%d"},"finish_reason":null}]}\n\n' % i for i in range(6)]
+FINAL = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":6}}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+class TestMetering:
+    @settings(max_examples=300)
+    @given(st.lists(st.integers(0, 600), max_size=12), st.booleans())
+    def test_any_chunking_gives_the_same_bytes(self, cuts: list[int], hide: bool) -> None:
+        whole = b"".join([*TEXT, b": ping\n\n", FINAL, USAGE, DONE])
+        edges = sorted({0, *[min(c, len(whole)) for c in cuts], len(whole)})
+        pieces = [whole[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        seen, record = metered(pieces, hide)
+        assert seen == (whole.replace(USAGE, b"") if hide else whole)
+        assert (record.outcome, record.prompt_tokens, record.completion_tokens) == ("ok", 9, 6)
+        assert record.finish_reason == "stop"
+
+    def test_text_that_looks_like_usage_is_left_alone(self) -> None:
+        odd = b'data: {"choices":[{"delta":{"content":"\\"usage\\":{\\"error\\""},"finish_reason":null}]}\n\n'
+        assert metered([odd, DONE])[0] == odd + DONE
+
+    def test_an_error_event_is_ours_and_ends_the_stream(self) -> None:
+        seen, record = metered([TEXT[0], b'data: {"error":{"message":"at 0x7f"}}\n\n', DONE])
+        assert b"0x7f" not in seen
+        assert b"[DONE]" not in seen
+        assert record.outcome == "stream_error"
+
+    @given(st.dictionaries(st.text(max_size=8), st.integers() | st.text(max_size=20), max_size=4),
+           st.none() | st.fixed_dictionaries({"include_usage": st.booleans()}))
+    def test_asking_for_usage_changes_nothing_else(self, document: dict, options: dict | None) -> None:
+        document = {**document, "model": "m", "x": '"stream_options"'}
+        if options is not None:
+            document["stream_options"] = options
+        else:
+            document.pop("stream_options", None)
+        changed = json.loads(_ask_for_usage(json.dumps(document).encode(), options))
+        assert changed.pop("stream_options")["include_usage"] is True
+        document.pop("stream_options", None)
+        assert changed == document
+
+
+class TestSettings:
+    def test_short_or_missing_secrets_stop_the_start(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="cannot read"):
+            read_secret(tmp_path / "none")
+        (tmp_path / "short").write_text("changeme")
+        with pytest.raises(ValueError, match="8 characters"):
+            read_secret(tmp_path / "short")
+
+    def test_env_example_names_what_compose_reads_and_nothing_else(self) -> None:
+        example = (ROOT / ".env.example").read_text()
+        offered = set(re.findall(r"^#?\s?([A-Z][A-Z0-9_]+)=", example, re.M))
+        used: set[str] = set()
+        for path in ("compose.yaml", "services/worker/hardware.yaml"):
+            used |= set(re.findall(r"\$\{([A-Z][A-Z0-9_]+)[:}]", (ROOT / path).read_text()))
+        assert offered == used
+
+    def test_compose_sets_only_known_variables(self) -> None:
+        import yaml
+
+        known = {name.upper() for name in [*Settings.model_fields, *WorkerSettings.model_fields]}
+        known |= {"GATEWAY_PROCESSES", "HOME", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN"}
+        document = yaml.safe_load((ROOT / "compose.yaml").read_text())
+        hardware = yaml.safe_load((ROOT / "services/worker/hardware.yaml").read_text())
+        for services in (document["services"], hardware["services"]):
+            for name, service in services.items():
+                if name != "nginx":
+                    assert set(service.get("environment", {})) <= known, name
+
+
+class TestEngineCommand:
+    def settings(self, tmp_path: Path, **fields: object) -> WorkerSettings:
+        secret = tmp_path / "secret"
+        secret.write_text("x" * 40)
+        return WorkerSettings(redis_url="redis://r", redis_password_file=secret, worker_token_file=secret,
+                              **{"model": "/models/m", "advertise_host": "h", **fields})  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("fields", [
+        {},
+        {"accelerator": "cuda", "model": "mistralai/Mistral-7B-Instruct-v0.3", "tool_call_parser": "mistral"},
+        {"accelerator": "cuda", "model": "meta-llama/Meta-Llama-3-8B-Instruct", "quantization": "awq",
+         "tensor_parallel_size": 2, "max_model_len": 8192, "engine_args": "--enable-chunked-prefill --seed 7"},
+    ])
+    def test_vllms_own_parser_accepts_it(self, tmp_path: Path, fields: dict) -> None:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        wanted = self.settings(tmp_path, **fields)
+        command = engine.command(wanted)
+        assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])
+        assert parsed.middleware == [engine.MIDDLEWARE]
+        assert parsed.allowed_media_domains == [engine.NO_MEDIA_DOMAIN]
+        assert parsed.allowed_origins == []
+        assert parsed.disable_fastapi_docs is True
+        assert parsed.served_model_name == [wanted.served_name]
+        assert parsed.enforce_eager is (wanted.accelerator == "cpu")
+
+    def test_environment(self, tmp_path: Path) -> None:
+        env = engine.environment(self.settings(tmp_path, model=str(tmp_path)))
+        assert env["HF_HUB_OFFLINE"] == env["VLLM_NO_USAGE_STATS"] == "1"
+        assert env["VLLM_CPU_KVCACHE_SPACE"] == "1"
+        assert "VLLM_CPU_KVCACHE_SPACE" not in set(engine.environment(
+            self.settings(tmp_path, accelerator="cuda"))) - set(os.environ)
