@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -46,10 +46,13 @@ def free_ports(count: int, start: int = 21000) -> list[int]:
 class Stack:
     """redis, gateway and nginx as processes; workers are added by tests."""
 
-    def __init__(self, folder: Path, *, processes: int = 1, edge: str = "nginx", gateways: int = 1) -> None:
-        self.folder, self.edge = folder, edge
+    def __init__(
+        self, folder: Path, *, processes: int = 1, edge: str = "nginx", prefix: Sequence[str] = (),
+        worker_ports: Sequence[int] = (),
+    ) -> None:
+        self.folder, self.edge, self.prefix = folder, edge, list(prefix)
         ports = free_ports(14)
-        self.port, self.gateway_port, self.worker_ports = ports[0], ports[1], ports[2:]
+        self.port, self.gateway_port, self.worker_ports = ports[0], ports[1], list(worker_ports) or ports[2:]
         self.dials = Dials(state=folder, model="/nowhere", model_name="fake", workers=12, port=self.port)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.dials.run_dir.mkdir(mode=0o700, exist_ok=True)
@@ -75,7 +78,7 @@ class Stack:
 
     def spawn(self, name: str, command: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         with open(self.folder / f"{name}.log", "ab") as log:
-            self.running[name] = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log)
+            self.running[name] = subprocess.Popen([*self.prefix, *command], env=env, cwd=ROOT, stdout=log, stderr=log)
         return self.running[name]
 
     def start_redis(self) -> None:
@@ -87,10 +90,10 @@ class Stack:
     def start_gateway(self) -> None:
         self.spawn("gateway", [sys.executable, "-m", "gateway", *self.gateway_args], self.env("gateway"))
 
-    def redis(self) -> Redis:
-        """A client with the gateway's rights."""
-        password = (self.dials.secrets / "gateway/redis_password").read_text().strip()
-        return Redis.from_url(self.dials.redis_url, username="gateway", password=password, decode_responses=True)
+    def redis(self, user: str = "gateway") -> Redis:
+        """A client with a service's rights."""
+        password = (self.dials.secrets / user / "redis_password").read_text().strip()
+        return Redis.from_url(self.dials.redis_url, username=user, password=password, decode_responses=True)
 
     def add_key(self, name: str) -> tuple[str, ApiKey]:
         key, record = make(name)

@@ -17,66 +17,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from redis import Redis
 
-from services.local.plan import ROOT, Dials
+from services.local.plan import ROOT
 from tests.harness import free_ports, wait_for
-
-MODEL = "smollm2-135m-instruct"
-START_S = 400.0
-
-
-def launch(state: Path, port: int, **dials: str) -> subprocess.Popen[str]:
-    env = os.environ | {"STATE_DIR": str(state), "PORT": str(port), "PYTHONPATH": str(ROOT)} | dials
-    return subprocess.Popen([sys.executable, "-m", "services.local", "up"], cwd=ROOT, env=env, text=True,
-                            stdout=open(state.parent / f"up-{port}.log", "w"), stderr=subprocess.STDOUT)
-
-
-class Up:
-    """A running `make up`."""
-
-    def __init__(self, state: Path, workers: int) -> None:
-        self.state, self.port = state, free_ports(1, 30000)[0]
-        self.log = state.parent / f"up-{self.port}.log"
-        started = time.monotonic()
-        self.launcher = launch(state, self.port, WORKERS=str(workers))
-        wait_for(lambda: "OwnGPT is up" in self.screen() or self.launcher.poll() is not None, "up", START_S)
-        assert self.launcher.poll() is None, self.screen()
-        self.took_s = time.monotonic() - started
-        self.base = f"http://127.0.0.1:{self.port}"
-        self.key = (state / "api_key").read_text().strip()
-        self.sdk = openai.OpenAI(base_url=self.base + "/v1", api_key=self.key, timeout=120, max_retries=0)
-
-    def screen(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    def redis(self) -> Redis:
-        dials = Dials(state=self.state, model="", model_name="")
-        password = (dials.secrets / "gateway/redis_password").read_text().strip()
-        return Redis.from_url(dials.redis_url, username="gateway", password=password, decode_responses=True)
-
-    def ready(self) -> int:
-        return int(httpx.get(self.base + "/ready").json().get("workers", {}).get("ready", 0))
-
-    def engine_pids(self) -> list[int]:
-        """Process ids of vLLM's API servers, one a worker."""
-        found = subprocess.run(["pgrep", "-f", f"vllm.entrypoints.openai.api_server --model {self.state}"],
-                               capture_output=True, text=True, check=False).stdout
-        return [int(pid) for pid in found.split()]
-
-    def everything(self) -> list[str]:
-        """Every process that belongs to this stack."""
-        listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-        marks = (str(self.state), str(Dials(state=self.state, model="", model_name="").run_dir))
-        return [line for line in listing.splitlines() if any(mark in line for mark in marks)]
-
-    def ask(self, text: str, **options: object) -> object:
-        return self.sdk.chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": text}], temperature=0, **{"max_tokens": 16, **options}
-        )
-
-    def records(self) -> list[str]:
-        return [fields["r"] for _, fields in self.redis().xrange("usage")]
+from tests.up import MODEL, Up, launch
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +76,7 @@ def test_usage_in_streams_only_when_asked(up: Up) -> None:
 
 
 def test_logprobs_n_and_stop(up: Up) -> None:
-    answer = up.ask("Count: one two", logprobs=True, top_logprobs=2, n=2, stop=["."])
+    answer = up.ask("Count: one two", logprobs=True, top_logprobs=2, n=2, stop=["."], temperature=0.7)
     assert len(answer.choices) == 2
     assert len(answer.choices[0].logprobs.content[0].top_logprobs) == 2
 
@@ -193,10 +137,11 @@ def test_image_urls_are_not_fetched(up: Up) -> None:
 
 
 def test_records_carry_vllms_own_counts(up: Up) -> None:
-    before = len(up.records())
-    usage = up.ask("Tell me of the sea.").usage
-    wait_for(lambda: len(up.records()) > before, "a record", 5)
-    newest = up.records()[-1]
+    raw = up.sdk.chat.completions.with_raw_response.create(
+        model=MODEL, messages=[{"role": "user", "content": "Tell me of the sea."}], max_tokens=9)
+    usage, request_id = raw.parse().usage, raw.headers["x-request-id"]
+    wait_for(lambda: any(request_id in record for record in up.records()), "a record", 5)
+    newest = next(record for record in up.records() if request_id in record)
     assert f'"prompt_tokens":{usage.prompt_tokens}' in newest
     assert f'"completion_tokens":{usage.completion_tokens}' in newest
     assert "sea" not in newest
@@ -280,19 +225,31 @@ def test_a_second_stack_on_the_same_state_is_refused(up: Up) -> None:
 
 def test_kill_9_of_the_launcher_leaves_nothing_behind(up: Up) -> None:
     """And the next start needs no install and no unpacking."""
-    assert len(up.everything()) > 5
+    everything = up.everything()
+    assert len(everything) > 12, everything
     up.launcher.kill()
     up.launcher.wait()
-    wait_for(lambda: not up.everything(), f"all gone: {up.everything()}", 45)
+    wait_for(lambda: not alive(everything), f"all gone of {everything}", 45)
     again = Up(up.state, 1)
     assert again.key == up.key
     ready = next(line for line in (up.state / "logs/worker-1.log").read_text().splitlines() if '"engine ready"' in line)
     engine_s = float(re.search(r'"after_s":([\d.]+)', ready)[1])
     print(f"\nsecond start: {again.took_s:.1f} s, of which the engine {engine_s:.1f} s", flush=True)
     assert again.took_s - engine_s < 3.0
+    everything = again.everything()
     again.launcher.send_signal(signal.SIGINT)
     assert again.launcher.wait(60) == 0
-    wait_for(lambda: not again.everything(), "all gone after Ctrl-C", 10)
+    wait_for(lambda: not alive(everything), f"all gone after Ctrl-C of {everything}", 10)
+
+
+def alive(pids: dict[int, str]) -> list[str]:
+    """Those of the processes that still run (a zombie does not)."""
+    left = []
+    for pid, command in pids.items():
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                left.append(command)
+    return left
 
 
 @pytest.mark.parametrize(("dials", "says"), [

@@ -200,7 +200,7 @@ def make_key(dials: Dials, name: str) -> str:
 def show_way_in(dials: Dials, key: str, took_s: float) -> None:
     """The first screen: endpoint, key, a line to paste."""
     base = f"http://{dials.host}:{dials.port}/v1"
-    body = f'{{"model":"{dials.model_name}","messages":[{{"role":"user","content":"Say hello."}}]}}'
+    body = f'{{"model":"{dials.model_name}","messages":[{{"role":"user","content":"Say hello."}}],"max_tokens":40}}'
     console.print(f"\n[bold green]OwnGPT is up[/] ({took_s:.0f} s). Ctrl-C stops everything.\n", soft_wrap=True)
     console.print(f"  endpoint   {base}\n  API key    {key}\n  model      {dials.model_name}\n"
                   f"  logs       {dials.state}/logs\n", soft_wrap=True)

@@ -1,0 +1,73 @@
+"""A client for many streams that costs little: `python -m bench.streams URL KEY MODEL STREAMS SECONDS`.
+
+Prints how many complete chunks arrived and how many streams ended otherwise than with `[DONE]`, as JSON.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from urllib.parse import urlsplit
+
+
+class Stream(asyncio.Protocol):
+    """One connection that asks again whenever its stream is done, until the deadline."""
+
+    received = failed = 0
+    deadline = 0.0
+    request = b""
+    open = 0
+    finished: asyncio.Event
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport, self.tail, self.bad, self.clean = transport, b"", False, False
+        Stream.open += 1
+        transport.write(Stream.request)
+
+    def data_received(self, data: bytes) -> None:
+        Stream.received += data.count(b"data: {")
+        if data.startswith(b"HTTP/1.1") and not data.startswith(b"HTTP/1.1 200"):
+            self.bad = True
+            print(data[:300], file=sys.stderr)
+            self.transport.close()
+            return
+        self.tail = (self.tail + data)[-24:]
+        if self.tail.endswith(b"0\r\n\r\n"):
+            if b"[DONE]" not in self.tail:
+                Stream.failed += 1
+            if time.monotonic() < Stream.deadline:
+                self.tail = b""
+                self.transport.write(Stream.request)
+            else:
+                self.clean = True
+                self.transport.close()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        Stream.open -= 1
+        Stream.failed += not self.clean
+        if not Stream.open:
+            Stream.finished.set()
+
+
+async def main() -> None:
+    url, key, model, streams, seconds = sys.argv[1:]
+    parts = urlsplit(url)
+    body = json.dumps({"model": model, "stream": True, "max_tokens": 100, "messages": [
+        {"role": "user", "content": "Tell me, in some detail, how a language model is served."}]}).encode()
+    Stream.request = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
+    Stream.finished = asyncio.Event()
+    Stream.deadline = time.monotonic() + float(seconds)
+    loop = asyncio.get_running_loop()
+    assert parts.hostname and parts.port
+    for _ in range(int(streams)):
+        await loop.create_connection(Stream, parts.hostname, parts.port)
+    await asyncio.wait_for(Stream.finished.wait(), float(seconds) + 60)
+    print(json.dumps({"chunks": Stream.received, "failed": Stream.failed}))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,77 @@
+"""A running `make up` with real vLLM, for tests and benchmarks."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+from redis import Redis
+
+from services.local.plan import ROOT, Dials
+from tests.harness import free_ports, wait_for
+
+MODEL = "smollm2-135m-instruct"
+START_S = 400.0
+
+
+def launch(state: Path, port: int, **dials: str) -> subprocess.Popen[str]:
+    env = os.environ | {"STATE_DIR": str(state), "PORT": str(port), "PYTHONPATH": str(ROOT)} | dials
+    return subprocess.Popen([sys.executable, "-m", "services.local", "up"], cwd=ROOT, env=env, text=True,
+                            stdout=open(state.parent / f"up-{port}.log", "w"), stderr=subprocess.STDOUT)
+
+
+class Up:
+    """A running `make up`."""
+
+    def __init__(self, state: Path, workers: int) -> None:
+        self.state, self.port = state, free_ports(1, 30000)[0]
+        self.log = state.parent / f"up-{self.port}.log"
+        started = time.monotonic()
+        self.launcher = launch(state, self.port, WORKERS=str(workers))
+        wait_for(lambda: "OwnGPT is up" in self.screen() or self.launcher.poll() is not None, "up", START_S)
+        assert self.launcher.poll() is None, self.screen()
+        self.took_s = time.monotonic() - started
+        self.base = f"http://127.0.0.1:{self.port}"
+        self.key = (state / "api_key").read_text().strip()
+        self.sdk = openai.OpenAI(base_url=self.base + "/v1", api_key=self.key, timeout=120, max_retries=0)
+
+    def screen(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def redis(self) -> Redis:
+        dials = Dials(state=self.state, model="", model_name="")
+        password = (dials.secrets / "gateway/redis_password").read_text().strip()
+        return Redis.from_url(dials.redis_url, username="gateway", password=password, decode_responses=True)
+
+    def ready(self) -> int:
+        return int(httpx.get(self.base + "/ready").json().get("workers", {}).get("ready", 0))
+
+    def engine_pids(self) -> list[int]:
+        """Process ids of vLLM's API servers, one a worker."""
+        found = subprocess.run(["pgrep", "-f", f"vllm.entrypoints.openai.api_server --model {self.state}"],
+                               capture_output=True, text=True, check=False).stdout
+        return [int(pid) for pid in found.split()]
+
+    def everything(self) -> dict[int, str]:
+        """Every process this launcher started, directly or not, by id."""
+        found, waiting = {}, [self.launcher.pid]
+        while waiting:
+            pid = waiting.pop()
+            with contextlib.suppress(OSError):
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    waiting += map(int, (task / "children").read_text().split())
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:80]
+        return found
+
+    def ask(self, text: str, **options: object) -> object:
+        return self.sdk.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": text}],
+            **{"max_tokens": 16, "temperature": 0, **options},
+        )
+
+    def records(self) -> list[str]:
+        return [fields["r"] for _, fields in self.redis().xrange("usage")]
