@@ -62,7 +62,8 @@ async def main() -> None:
     Stream.finished = asyncio.Event()
     Stream.deadline = time.monotonic() + float(seconds)
     loop = asyncio.get_running_loop()
-    assert parts.hostname and parts.port
+    assert parts.hostname
+    assert parts.port
     for _ in range(int(streams)):
         await loop.create_connection(Stream, parts.hostname, parts.port)
     await asyncio.wait_for(Stream.finished.wait(), float(seconds) + 60)

@@ -117,10 +117,10 @@ def test_only_nginx_is_reachable_and_users_are_not_root(containers: openai.OpenA
     for service in ("nginx", "gateway", "worker", "redis", "redis-cache"):
         assert docker("compose", "exec", "-T", service, "id", "-u").strip() == "10001"
     assert httpx.get(BASE + "/metrics").status_code == 404
-    outward = "import urllib.request; urllib.request.urlopen('http://1.1.1.1', timeout=2)"
-    assert "Network is unreachable" in subprocess.run(
-        ["docker", "compose", "exec", "-T", "worker", "python", "-c", outward],
-        cwd=ROOT, env=ENV, capture_output=True, text=True, check=False).stderr
+    for service in ("gateway", "worker", "redis", "redis-cache"):
+        routes = docker("compose", "exec", "-T", service, "cat", "/proc/net/route").splitlines()[1:]
+        assert routes, service
+        assert all(route.split()[1] != "00000000" for route in routes), f"{service} has a way out"
 
 
 @needs_engine

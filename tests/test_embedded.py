@@ -90,7 +90,7 @@ def test_json_schema_is_obeyed(up: Up) -> None:
 
 
 def test_a_named_tool_is_called(up: Up) -> None:
-    tool = {"type": "function", "function": {"name": "weather", "parameters": {
+    tool = {"type": "function", "function": {"name": "weather", "strict": True, "parameters": {
         "type": "object", "properties": {"city": {"type": "string", "maxLength": 10}}, "required": ["city"]}}}
     answer = up.ask("Weather in Rome?", max_tokens=60, tools=[tool],
                     tool_choice={"type": "function", "function": {"name": "weather"}})
@@ -205,6 +205,22 @@ def test_a_stuck_engine_is_avoided_within_five_seconds(up: Up) -> None:
     finally:
         os.kill(core, signal.SIGCONT)
     wait_for(lambda: up.ready() == 2, "back", 10)
+
+
+def test_a_worker_told_to_stop_finishes_what_it_runs(up: Up) -> None:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(up.ask, f"{n} Count.", max_tokens=40) for n in range(6)]
+        time.sleep(0.7)
+        agent = int(Path(f"/proc/{up.engine_pids()[0]}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        os.kill(agent, signal.SIGTERM)
+        wait_for(lambda: up.ready() == 1, "out of the table", 2)
+        futures += [pool.submit(up.ask, f"{n} More.", max_tokens=4) for n in range(4)]
+        assert all(future.result().choices for future in futures)
+    drained = [line for line in (up.state / "logs/worker-1.log").read_text().splitlines()
+               + (up.state / "logs/worker-2.log").read_text().splitlines() if '"event":"drained"' in line]
+    assert '"left":0' in drained[-1]
+    print("\nwaiting for the stopped worker to come back", flush=True)
+    wait_for(lambda: up.ready() == 2, "both workers back", 120)
 
 
 def test_kill_9_under_load_fails_no_request(up: Up) -> None:
