@@ -216,9 +216,10 @@ def test_a_worker_told_to_stop_finishes_what_it_runs(up: Up) -> None:
         wait_for(lambda: up.ready() == 1, "out of the table", 2)
         futures += [pool.submit(up.ask, f"{n} More.", max_tokens=4) for n in range(4)]
         assert all(future.result().choices for future in futures)
-    drained = [line for line in (up.state / "logs/worker-1.log").read_text().splitlines()
-               + (up.state / "logs/worker-2.log").read_text().splitlines() if '"event":"drained"' in line]
-    assert '"left":0' in drained[-1]
+    logs = [up.state / f"logs/worker-{number}.log" for number in (1, 2)]
+    wait_for(lambda: any('"event":"drained"' in log.read_text() for log in logs), "drained", 5)
+    drained = next(line for log in logs for line in log.read_text().splitlines() if '"event":"drained"' in line)
+    assert '"left":0' in drained
     print("\nwaiting for the stopped worker to come back", flush=True)
     wait_for(lambda: up.ready() == 2, "both workers back", 120)
 
