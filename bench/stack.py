@@ -348,7 +348,7 @@ def tokens() -> Figures:
         token = (up.state / "secrets/worker/worker_token").read_text().strip()
         targets = {"direct": (f"http://127.0.0.1:{port}/v1", token), "stack": (up.base + "/v1", up.key)}
         asyncio.run(once(*targets["direct"], salt=0))
-        for salt in range(1, 10):
+        for salt in range(1, 16):
             for name in sorted(targets, reverse=bool(salt % 2)):
                 found[name].append(asyncio.run(once(*targets[name], salt=salt * 2 + (name == "stack"))))
     print({name: [round(value) for value in values] for name, values in found.items()}, flush=True)
