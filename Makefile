@@ -4,10 +4,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
-export WORKERS MODEL PORT HOST STATE_DIR KV_CACHE_GIB CORS_ORIGINS MAX_BODY_BYTES SERVED_MODEL_NAME
-ifeq ($(origin MODEL),undefined)
-unexport MODEL
-endif
+# Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
 .PHONY: help up env key test check bench base-images clean
 

@@ -48,7 +48,7 @@ console = Console(highlight=False, stderr=False)
 
 def read_dials() -> Dials:
     """The dials from the environment. Raises UserError naming the bad one."""
-    state = Path(os.environ.get("STATE_DIR", ROOT / ".state")).absolute()
+    state = Path(os.environ.get("STATE_DIR") or ROOT / ".state").absolute()
     chosen = os.environ.get("MODEL", "").strip()
     if chosen and ("/" in chosen or Path(chosen).exists()):
         folder = Path(chosen).expanduser()

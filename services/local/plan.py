@@ -156,7 +156,7 @@ def write_configs(dials: Dials, ports: Ports) -> None:
         "UNKNOWN_HOSTS": "",
         "CORS_MAP": " ".join(f'"{origin}" $http_origin;' for origin in origins),
         "GATEWAY_ADDRESS": f"127.0.0.1:{ports.gateway}",
-        "MAX_BODY_BYTES": os.environ.get("MAX_BODY_BYTES", "4194304"),
+        "MAX_BODY_BYTES": os.environ.get("MAX_BODY_BYTES") or "4194304",
         "READ_TIMEOUT_S": "600",
         "ACCESS_LOG": "/dev/stdout",
     }))
@@ -180,7 +180,7 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
         Program("redis-cache", [
             redis, str(ROOT / "services/redis/cache.conf"), "--port", "0",
             "--unixsocket", str(run_dir / "redis-cache.sock"), "--unixsocketperm", "700",
-            "--dir", str(run_dir), "--aclfile", acl, "--maxmemory", os.environ.get("CACHE_MAXMEMORY", "512mb"),
+            "--dir", str(run_dir), "--aclfile", acl, "--maxmemory", os.environ.get("CACHE_MAXMEMORY") or "512mb",
         ], priority=10),
     ]  # fmt: skip
     for number, (port, cores) in enumerate(zip(ports.workers, cpu_slices(dials.workers), strict=True), 1):
