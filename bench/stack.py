@@ -165,7 +165,7 @@ def metering() -> Figures:
 
     async def app(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
         await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         for _ in range(count):
             await send({"type": "http.response.body", "body": CHUNK, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -18,9 +18,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=int(os.environ.get("GATEWAY_PROCESSES", "1")),
                         help="worker processes (default GATEWAY_PROCESSES or 1)")
     args = parser.parse_args()
+    counters = None
     if args.processes > 1:
         # Each start gets a directory of its own, so that no other gateway wipes its counters.
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="gateway-metrics-")
+        counters = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="gateway-metrics-")
     from gateway.settings import Settings
 
     try:
@@ -37,8 +38,8 @@ def main() -> None:
             date_header=False, lifespan="on", timeout_keep_alive=75, backlog=4096, timeout_graceful_shutdown=120,
         )
     finally:
-        if directory := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-            shutil.rmtree(directory, ignore_errors=True)
+        if counters is not None:
+            shutil.rmtree(counters, ignore_errors=True)
 
 
 if __name__ == "__main__":

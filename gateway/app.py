@@ -6,6 +6,7 @@
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request, Response
@@ -26,7 +27,7 @@ from gateway.records import Recorder
 from gateway.registry import Feed, WorkerTable, load_workers, reap
 from gateway.relay import open_session
 from gateway.settings import Settings
-from gateway.store import CHANNEL_HELD, CHANNEL_KEYS, CHANNEL_WORKERS, connect, held_key
+from gateway.store import CHANNEL_HELD, CHANNEL_KEYS, CHANNEL_WORKERS, HEARTBEAT_TTL_MS, connect
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Answered without a key. nginx does not let /metrics out."""
@@ -82,7 +83,7 @@ class Gateway:
         tasks: set[asyncio.Task[None]] = set()
 
         def publish_held(digest: str) -> None:
-            task = asyncio.create_task(_publish_held(redis, digest, settings.hold_back_s))
+            task = asyncio.create_task(_publish_held(redis, digest))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
@@ -90,10 +91,14 @@ class Gateway:
         meter = Meter(recorder, RequestMetrics(registry), lambda: frozenset(
             name for name, model in table.models().items() if model.parent is None
         ))
+        async def on_connect(connection: Redis) -> None:
+            authenticator.distrust()  # a revocation may have been missed
+            await load_workers(connection, table)
+
         feed = Feed(
             lambda: connect(settings, timeout_s=None),
             {CHANNEL_WORKERS: table.take, CHANNEL_KEYS: authenticator.forget, CHANNEL_HELD: held.learn},
-            lambda connection: load_workers(connection, table),
+            on_connect,
         )
         app.state.table, app.state.metrics, app.state.registry = table, metrics, registry
         self._authenticator = authenticator
@@ -137,11 +142,15 @@ async def _tend(redis: Redis, feed: Feed, table: WorkerTable, metrics: GatewayMe
         if feed.connected:
             table.expire()
             try:
-                if lost := await reap(redis):
+                # A redis that was away longer than heartbeats live has forgotten live workers: let them speak first.
+                settled = time.monotonic() - feed.connected_at > 2 * HEARTBEAT_TTL_MS / 1000
+                if settled and (lost := await reap(redis)):
                     metrics.lost_requests.inc(lost)
                     logger.warning("requests lost with their worker", count=lost)
             except (RedisError, OSError) as error:
                 logger.warning("could not look for lost requests", error=str(error))
+            except Exception:  # a bug here must not stop the tending
+                logger.exception("tending failed")
         else:
             table.keep_alive()
         for state, count in table.states().items():
@@ -149,9 +158,8 @@ async def _tend(redis: Redis, feed: Feed, table: WorkerTable, metrics: GatewayMe
         await asyncio.sleep(1.0)
 
 
-async def _publish_held(redis: Redis, digest: str, hold_s: int) -> None:
+async def _publish_held(redis: Redis, digest: str) -> None:
     try:
-        await redis.set(held_key(digest), "1", ex=hold_s)
         await redis.publish(CHANNEL_HELD, digest)
     except (RedisError, OSError) as error:
         logger.warning("other gateways do not know of a held-back request", error=str(error))

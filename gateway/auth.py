@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import sha256
+from typing import NamedTuple
 
 import msgspec
 from redis.asyncio import Redis
@@ -19,7 +20,17 @@ from gateway.store import api_key_key
 
 CACHE_S = 30.0
 GRACE_S = 3600.0
+RETRY_S = 2.0
+"""How long a key lives on without asking again, while redis does not answer."""
 MAX_CACHED = 20_000
+
+
+class _Known(NamedTuple):
+    """What redis said of a key: `record` is None for a key that is not ours."""
+
+    fresh_until: float
+    verified_at: float
+    record: ApiKey | None
 
 
 class Authenticator:
@@ -28,49 +39,62 @@ class Authenticator:
     def __init__(self, redis: Redis, clock: Callable[[], float] = time.monotonic) -> None:
         self._redis = redis
         self._clock = clock
-        self._cache: OrderedDict[bytes, tuple[float, ApiKey | None]] = OrderedDict()
+        self._cache: OrderedDict[bytes, _Known] = OrderedDict()
+        self._revocations = 0
 
     def cached(self, header: bytes) -> ApiKey | None:
         """The key behind a header when it is known to be good, without awaiting anything."""
-        found = self._cache.get(sha256(header).digest())
-        return found[1] if found is not None and found[0] > self._clock() else None
+        known = self._cache.get(sha256(header).digest())
+        return known.record if known is not None and known.fresh_until > self._clock() else None
 
     async def check(self, header: bytes) -> ApiKey:
         """The key behind a header. Raises Unauthorized, or Unavailable when nobody can tell."""
         digest = sha256(header).digest()
         known = self._cache.get(digest)
         now = self._clock()
-        if known is not None and known[0] > now:
-            if known[1] is None:
-                raise Unauthorized
-            return known[1]
+        if known is None or known.fresh_until <= now:
+            known = await self._ask(header, digest, known)
+        if known.record is None:
+            raise Unauthorized
+        return known.record
+
+    async def _ask(self, header: bytes, digest: bytes, known: _Known | None) -> _Known:
         scheme, _, token = header.decode("latin-1").partition(" ")
         key_id = key_id_of(token.strip()) if scheme.lower() == "bearer" else None
         if key_id is None:
             raise Unauthorized
+        now, revocations = self._clock(), self._revocations
         try:
             raw = await self._redis.get(api_key_key(key_id))
         except (RedisError, OSError) as error:
-            if known is not None and known[1] is not None and known[0] + GRACE_S > now:
-                return known[1]
-            raise Unavailable(
-                "Keys cannot be checked right now.", code="key_store_unavailable", retry_after_s=2
-            ) from error
-        record = msgspec.json.decode(raw, type=ApiKey) if raw is not None else None
-        if record is not None and not matches(token.strip(), record):
-            record = None
-        self._cache[digest] = (now + CACHE_S, record)
-        self._cache.move_to_end(digest)
-        while len(self._cache) > MAX_CACHED:
-            self._cache.popitem(last=False)
-        if record is None:
-            raise Unauthorized
-        return record
+            if known is None or known.record is None or known.verified_at + GRACE_S < now:
+                raise Unavailable(
+                    "Keys cannot be checked right now.", code="key_store_unavailable", retry_after_s=2
+                ) from error
+            found = known._replace(fresh_until=self._clock() + RETRY_S)
+        else:
+            record = msgspec.json.decode(raw, type=ApiKey) if raw is not None else None
+            if record is not None and not matches(token.strip(), record):
+                record = None
+            found = _Known(now + CACHE_S, now, record)
+        if revocations == self._revocations:  # else it may be this one that was revoked meanwhile
+            self._cache[digest] = found
+            self._cache.move_to_end(digest)
+            while len(self._cache) > MAX_CACHED:
+                self._cache.popitem(last=False)
+        return found
 
     def forget(self, key_id: str) -> None:
         """Drop what is remembered of a key: it was revoked."""
-        for digest in [d for d, (_, record) in self._cache.items() if record is not None and record.id == key_id]:
+        self._revocations += 1
+        for digest in [d for d, known in self._cache.items() if known.record is not None and known.record.id == key_id]:
             del self._cache[digest]
+
+    def distrust(self) -> None:
+        """Ask redis again for every key at its next use: a revocation may have been missed."""
+        self._revocations += 1
+        for digest, known in self._cache.items():
+            self._cache[digest] = known._replace(fresh_until=0.0)
 
 
 def bearer(headers: list[tuple[bytes, bytes]]) -> bytes:

@@ -92,7 +92,8 @@ def create(name: Annotated[str, typer.Argument(help="Who the key is for, as it a
         key, record = make(name)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    _redis().set(api_key_key(record.id), msgspec.json.encode(record))
+    if not _redis().set(api_key_key(record.id), msgspec.json.encode(record), nx=True):
+        raise ValueError("the new key's id was taken by chance; run the command again")
     typer.echo(key)
 
 

@@ -5,10 +5,11 @@ upstream calls for engines that cannot carry it. Per request it asks the engine 
 client who did not ask), holds the response start until the first byte exists (so a worker that dies in prefill
 can still be replaced), replaces an engine's error texts with ours, and leaves one `Record`.
 
-Per streamed chunk it does one clock-free scan for three byte patterns; the budget is 5 microseconds.
+Per streamed chunk it scans for three byte patterns and reads no clock; the budget is 5 microseconds.
 """
 
 import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import msgspec
 from loguru import logger
 
-from gateway.decode import ROUTES
-from gateway.errors import UpstreamFailed, encode_parts
+from gateway.decode import ROUTES, StreamOptions
+from gateway.errors import ApiError, UpstreamFailed, encode_parts
 from gateway.metrics import RequestMetrics
 from gateway.records import Record, Recorder
 
@@ -31,12 +32,24 @@ CONTEXT = b"x-owngpt-context"
 """Header from the gateway: `{key id} {attempt}`."""
 MAX_ERROR_BYTES = 64 * 1024
 _USAGE_ROUTES = ("chat", "completions")
+_ERROR_MARKS = {"messages": b'"type":"error"', "responses": b'"type":"response.failed"'}
+"""How a broken stream looks where it is not `data: {"error"`."""
+_BROKEN = "The worker failed while it was answering."
+_STREAM_ERRORS = {
+    "chat": b"data: " + encode_parts(500, _BROKEN, "server_error", code="stream_interrupted")[2],
+    "messages": b"event: error\ndata: " + msgspec.json.encode(
+        {"type": "error", "error": {"type": "api_error", "message": _BROKEN}}
+    ),
+    "responses": b"event: error\ndata: " + msgspec.json.encode(
+        {"type": "error", "code": "stream_interrupted", "message": _BROKEN, "param": None}
+    ),
+}
 
 
 class _Wants(msgspec.Struct):
     model: str = ""
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
 
 
 class _Details(msgspec.Struct):
@@ -72,6 +85,8 @@ _PYDANTIC = re.compile(r"validation error.*?'loc': '([^']*)', 'msg': ['\"]([^'\"
 """The first problem in vLLM's list of pydantic errors; the rest repeats it for other message classes."""
 
 _decode_wants = msgspec.json.Decoder(_Wants).decode
+_decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_NULL = msgspec.Raw(b"null")
 _decode_carrier = msgspec.json.Decoder(_Carrier).decode
 
 
@@ -132,8 +147,8 @@ class _Metered:
             elif name == b"x-request-id":
                 request_id = value.decode("latin-1")
         self.record = Record(
-            request_id=request_id, key=key, model="", route=ROUTES[scope["path"]][0], worker=worker,
-            started_at=time.time(), attempt=int(attempt) if attempt.isdigit() else 1,
+            id=secrets.token_hex(8), request_id=request_id, key=key, model="", route=ROUTES[scope["path"]][0],
+            worker=worker, started_at=time.time(), attempt=int(attempt) if attempt.isdigit() else 1,
         )
         self.body: bytes | None = None
         self.hide_usage = False
@@ -144,6 +159,7 @@ class _Metered:
         self.chunks = 0
         self.kept: list[bytes] = []
         self.tail = b""
+        self.error_mark = _ERROR_MARKS.get(self.record.route, b'{"error"')
 
     async def run(self) -> None:
         body = await self._read_body()
@@ -156,10 +172,14 @@ class _Metered:
         except UpstreamFailed as error:
             self.record.status = 502 if error.ran else 503
             raise
+        except ApiError as error:
+            self.record.status = error.status
+            raise
         except Exception as error:  # the engine's own handlers answer; this is what slipped through them
             logger.error("engine raised", request_id=self.record.request_id, error=type(error).__name__)
-            if not self.start_sent:
-                await self._answer_error(500)
+            if self.start_sent:
+                raise  # the server cuts the connection
+            await self._answer_error(500)
         finally:
             self._settle()
             self.meter.end(self.record)
@@ -178,18 +198,16 @@ class _Metered:
         """Learn what was asked and ask the engine for usage."""
         try:
             wants = _decode_wants(body)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             wants = _Wants()  # the engine will refuse it
         self.record.model = wants.model
-        self.record.stream = bool(wants.stream)
-        if wants.stream and self.record.route in _USAGE_ROUTES:
-            options = wants.stream_options or {}
-            if not options.get("include_usage"):
-                self.hide_usage = True
-                body = _ask_for_usage(body, wants.stream_options)
-                headers = [(n, v) for n, v in self.scope["headers"] if n != b"content-length"]
-                headers.append((b"content-length", str(len(body)).encode()))
-                self.scope = {**self.scope, "headers": headers}
+        asked = wants.stream_options is not None and wants.stream_options.include_usage
+        if wants.stream and not asked and self.record.route in _USAGE_ROUTES:
+            self.hide_usage = True
+            body = _ask_for_usage(body)
+            headers = [(n, v) for n, v in self.scope["headers"] if n != b"content-length"]
+            headers.append((b"content-length", str(len(body)).encode()))
+            self.scope = {**self.scope, "headers": headers}
         self.body = body
 
     async def _receive_body(self) -> Message:
@@ -205,6 +223,11 @@ class _Metered:
         if message["type"] == "http.response.start":
             self.start = message
             self.record.status = message["status"]
+            # What the response is decides, not what was asked: a JSON route ignores "stream".
+            self.record.stream = any(
+                name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+                for name, value in message["headers"]
+            )
             return
         chunk = message.get("body", b"")
         more = message.get("more_body", False)
@@ -257,7 +280,7 @@ class _Metered:
         if (
             b'"usage":{' not in chunk
             and b'"finish_reason":"' not in chunk
-            and b'{"error"' not in chunk
+            and self.error_mark not in chunk
             and self.record.outcome != "stream_error"
         ):
             return chunk
@@ -270,12 +293,9 @@ class _Metered:
         if at < 0:
             return None if event == b"data: [DONE]" and self.record.outcome == "stream_error" else event
         data = event[at + 6 :]
-        if data.startswith(b'{"error"'):
+        if data.startswith(b'{"error"') or (self.record.route in _ERROR_MARKS and self.error_mark in data[:200]):
             self.record.outcome = "stream_error"
-            _, _, body = encode_parts(
-                500, "The worker failed while it was answering.", "server_error", code="stream_interrupted"
-            )
-            return b"data: " + body
+            return _STREAM_ERRORS.get(self.record.route, _STREAM_ERRORS["chat"])
         reason = data.find(b'"finish_reason":"')
         if reason >= 0:
             end = data.find(b'"', reason + 17)
@@ -364,13 +384,13 @@ class _Metered:
         await self._send({"type": "http.response.body", "body": out, "more_body": False})
 
 
-def _ask_for_usage(body: bytes, options: dict[str, Any] | None) -> bytes:
-    """The body with `stream_options.include_usage` true. A body without the field is edited in place."""
-    if options is None and b'"stream_options"' not in body:
-        brace = body.index(b"{") + 1
-        return body[:brace] + b'"stream_options":{"include_usage":true},' + body[brace:]
-    document = msgspec.json.decode(body)
-    document["stream_options"] = {**(options or {}), "include_usage": True}
+def _ask_for_usage(body: bytes) -> bytes:
+    """The body with `stream_options.include_usage` true; every other value keeps its very bytes."""
+    document = _decode_raw(body)
+    options = document.get("stream_options", _NULL)
+    document["stream_options"] = msgspec.Raw(msgspec.json.encode(
+        {**(_decode_raw(options) if options != _NULL else {}), "include_usage": True}
+    ))
     return msgspec.json.encode(document)
 
 
@@ -385,7 +405,7 @@ def _engine_message(body: bytes) -> tuple[str, str | None]:
         return "", None
     message, param = error.get("message") or error.get("detail"), error.get("param")
     text = message if isinstance(message, str) else ""
-    if (found := _PYDANTIC.search(text)) is not None:
+    if (found := _PYDANTIC.search(text[:8000])) is not None:
         field = _field(found[1])
         return f"{field}: {found[2]}.", field
     return text[:2000], param if isinstance(param, str) else None

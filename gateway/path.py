@@ -196,7 +196,7 @@ class RequestPath:
             self._metrics.retries.labels("died" if tried.deaths else "refused").inc()
             logger.warning("worker failed a request", address=address, deaths=tried.deaths)
         workers = self._table.serving(ask.model)
-        if not workers:
+        if not workers and not tried.tried:
             self._explain_nobody(ask.model)
         fresh = [worker for worker in workers if worker.beat.address not in tried.tried]
         if not fresh or len(tried.tried) >= attempts.MAX_ATTEMPTS:
@@ -207,7 +207,7 @@ class RequestPath:
 
     def _explain_nobody(self, model: str) -> None:
         served = self._table.models()
-        if served and model not in served:
+        if served and model not in self._table.known_models:
             raise errors.NotFound(
                 f"The model {model!r} does not exist. There are: {', '.join(sorted(served))}.",
                 param="model", code="model_not_found",

@@ -1,13 +1,17 @@
 """The record of a request, and its way into redis without waiting for redis.
 
-`Recorder.begin` and `Recorder.end` only append to memory. A background task writes both every
-FLUSH_INTERVAL_S: what began but has not ended goes to `running:{worker}`, what ended goes to the `usage`
-stream, and one MULTI does both, so each request ends up in the stream exactly once. When a worker is lost,
-any gateway turns what it left in `running:{worker}` into `upstream_error` records (`REAP`).
+`Recorder.begin` and `Recorder.end` only append to memory. A background task writes: at once when a request ended
+(what ends meanwhile makes the next batch), else every FLUSH_INTERVAL_S. What began but has not ended goes to
+`running:{worker}`, what ended goes to the `usage` stream; one script does both, once per batch, so each request ends
+up in the stream once. When a worker is lost, any gateway turns what it left in `running:{worker}` into
+`upstream_error` records (`REAP`).
 """
 
 import asyncio
+import contextlib
+import secrets
 from collections import deque
+from itertools import islice
 from typing import Literal
 
 import msgspec
@@ -15,9 +19,10 @@ from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from gateway.store import USAGE, USAGE_MAX_ENTRIES, running_key
+from gateway.store import USAGE, USAGE_MAX_ENTRIES, batch_key, running_key
 
 FLUSH_INTERVAL_S = 0.05
+RETRY_S = 1.0
 MAX_UNWRITTEN = 20_000
 
 Outcome = Literal[
@@ -33,6 +38,8 @@ Outcome = Literal[
 class Record(msgspec.Struct):
     """One request on one worker. Times are seconds; `started_at` is Unix time; tokens are counts."""
 
+    id: str
+    """Ours, unique; `request_id` may be a client's and come twice."""
     request_id: str
     key: str
     model: str
@@ -69,69 +76,107 @@ return #left
 """
 
 
+# KEYS[1] usage  KEYS[2] batch:{id} ; ARGV[1] seconds to remember the batch, ARGV[2] max entries, ARGV[3] how many
+# begun, then for each begun request and then for each ended one: running:{worker}, record id, record.
+# A batch is applied once, however often it is sent: a timeout does not tell whether redis ran it.
+FLUSH = """
+if not redis.call('SET', KEYS[2], '1', 'NX', 'EX', ARGV[1]) then return 0 end
+local ended_from = 4 + 3 * tonumber(ARGV[3])
+for i = 4, ended_from - 1, 3 do redis.call('HSET', ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
+for i = ended_from, #ARGV, 3 do
+  redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'r', ARGV[i + 2])
+  redis.call('HDEL', ARGV[i], ARGV[i + 1])
+end
+return 1
+"""
+BATCH_REMEMBERED_S = 3600
+MAX_BATCH = 500
+
+At = tuple[str, str]
+"""(worker id, record id): what a record is called until it is in the stream."""
+
+
 class Recorder:
     """Collects records in memory and writes them in batches.
 
-    At most MAX_UNWRITTEN records wait; while redis is away longer than that, the oldest are dropped and
+    At most MAX_UNWRITTEN records wait; while redis is away longer than that, the newest are dropped and
     counted in `dropped` (their log line stays).
     """
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._begun: dict[tuple[str, str], Record] = {}
-        self._shown: set[tuple[str, str]] = set()
+        self._name = secrets.token_hex(8)
+        self._batches = 0
+        self._begun: dict[At, Record] = {}
+        self._shown: set[At] = set()
         self._ended: deque[Record] = deque()
+        self._sending: tuple[str, list[At], int, list[str]] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._stopping = False
         self.dropped = 0
 
     def begin(self, record: Record) -> None:
         """Note that a request reached a worker."""
-        self._begun[record.worker, record.request_id] = record
+        self._begun[record.worker, record.id] = record
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="recorder")
 
     def end(self, record: Record) -> None:
         """Note how it ended."""
-        self._begun.pop((record.worker, record.request_id), None)
+        self._begun.pop((record.worker, record.id), None)
         if len(self._ended) >= MAX_UNWRITTEN:
-            self._ended.popleft()
             self.dropped += 1
+            return
         self._ended.append(record)
+        self._wake.set()
 
     async def flush(self) -> None:
-        """Write what waits. Raises RedisError; nothing is lost then, the next flush repeats it."""
-        ended = list(self._ended)
-        fresh = [(at, record) for at, record in self._begun.items() if at not in self._shown]
+        """Write what waits. Raises RedisError; nothing is lost or doubled then, the next flush repeats the batch."""
+        while True:
+            if self._sending is None:
+                self._sending = self._next_batch()
+            if self._sending is None:
+                return
+            batch, fresh, ended, args = self._sending
+            await self._redis.eval(FLUSH, 2, USAGE, batch, *args)
+            self._sending = None
+            self._shown.update(fresh)
+            for _ in range(ended):
+                record = self._ended.popleft()
+                self._shown.discard((record.worker, record.id))
+
+    def _next_batch(self) -> tuple[str, list[At], int, list[str]] | None:
+        ended = list(islice(self._ended, MAX_BATCH))
+        fresh = [at for at in self._begun if at not in self._shown]
         if not ended and not fresh:
-            return
-        async with self._redis.pipeline(transaction=True) as pipe:
-            for (worker, request_id), record in fresh:
-                pipe.hset(running_key(worker), request_id, _encode(record).decode())
-            for record in ended:
-                pipe.xadd(USAGE, {"r": _encode(record).decode()}, maxlen=USAGE_MAX_ENTRIES, approximate=True)
-                if (record.worker, record.request_id) in self._shown:
-                    pipe.hdel(running_key(record.worker), record.request_id)
-            await pipe.execute()
-        self._shown.update(at for at, _ in fresh)
-        for record in ended:
-            self._ended.popleft()
-            self._shown.discard((record.worker, record.request_id))
+            return None
+        self._batches += 1
+        args = [str(BATCH_REMEMBERED_S), str(USAGE_MAX_ENTRIES), str(len(fresh))]
+        for record in [*[self._begun[at] for at in fresh], *ended]:
+            args += [running_key(record.worker), record.id, _encode(record).decode()]
+        return batch_key(f"{self._name}:{self._batches}"), fresh, len(ended), args
 
     async def close(self) -> None:
-        """Stop the background task and write the rest once."""
+        """Stop the background task after the batch it is at, and write the rest."""
+        self._stopping = True
+        self._wake.set()
         if self._task is not None:
-            self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         try:
             await self.flush()
-        except RedisError as error:
+        except (RedisError, OSError) as error:
             logger.error("usage records lost at shutdown", count=len(self._ended), error=str(error))
         await self._redis.aclose()
 
     async def _run(self) -> None:
         healthy = True
-        while True:
-            await asyncio.sleep(FLUSH_INTERVAL_S if healthy else 1.0)
+        while not self._stopping:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), FLUSH_INTERVAL_S)
+            self._wake.clear()
+            if not healthy:
+                await asyncio.sleep(RETRY_S)
             try:
                 await self.flush()
             except (RedisError, OSError) as error:

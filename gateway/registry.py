@@ -22,7 +22,7 @@ from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, USAGE, USAGE_MAX_EN
 State = Literal["ready", "stalled", "draining", "gone"]
 
 SUSPECT_S = 2.0
-"""How long a worker that just failed a request is avoided, unless it says something newer."""
+"""How long a worker that just failed a request is avoided, whatever it says of itself."""
 
 
 class Model(msgspec.Struct):
@@ -85,8 +85,9 @@ class WorkerTable:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.workers: dict[str, Worker] = {}
+        self.known_models: set[str] = set()
+        """Every model some worker has served: one of them may come back, so asking for it is no mistake."""
         self._clock = clock
-        self.changed_at = 0.0
 
     def take(self, raw: str | bytes) -> None:
         """Take in one heartbeat. A malformed one is logged and ignored."""
@@ -107,6 +108,7 @@ class WorkerTable:
             if known.beat.state != beat.state:
                 logger.info("worker changed state", worker=beat.id, was=known.beat.state, now=beat.state)
             known.update(beat, self._clock())
+        self.known_models.update(model.id for model in beat.models)
 
     def expire(self) -> None:
         """Forget workers that have been silent for longer than their heartbeat lives."""
@@ -171,6 +173,7 @@ class Feed:
         self._handlers = handlers
         self._on_connect = on_connect
         self.connected = False
+        self.connected_at = 0.0
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -183,7 +186,7 @@ class Feed:
                     await self._on_connect(redis)
                     if not first and not self.connected:
                         logger.info("redis is back")
-                    self.connected = True
+                    self.connected, self.connected_at = True, time.monotonic()
                     first = False
                     while True:
                         # The ping notices a frozen redis, which keeps the connection open but says nothing.
@@ -198,6 +201,9 @@ class Feed:
                     logger.warning("redis is away; deciding from what is known", error=reason)
                 self.connected = False
                 first = False
+            except Exception:  # a bug in a handler must not end the feed
+                logger.exception("the feed failed and starts again")
+                self.connected = False
             finally:
                 with contextlib.suppress(RedisError, OSError, TimeoutError):
                     await redis.aclose()

@@ -9,7 +9,7 @@ import contextlib
 
 import aiohttp
 
-from gateway.errors import UpstreamFailed, encode_parts
+from gateway.errors import GatewayTimeout, UpstreamFailed, encode_parts
 from gateway.metering import CONTEXT, Receive, Scope, Send
 from gateway.settings import Settings
 
@@ -33,7 +33,7 @@ class Upstream:
     """An ASGI app that is a worker: it forwards the request and sends back what comes.
 
     Raises UpstreamFailed when the worker fails before anything was sent; afterwards a stream ends with an
-    error event and without `[DONE]`.
+    error event and without `[DONE]`, anything else raises. GatewayTimeout: silence beyond the read timeout.
     """
 
     def __init__(self, session: aiohttp.ClientSession, address: str, token: str) -> None:
@@ -52,13 +52,14 @@ class Upstream:
         finally:
             for task in (forward, leave):
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, UpstreamFailed):
+                with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
 
     async def _forward(self, scope: Scope, body: bytes, send: Send) -> None:
         headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in scope["headers"] if n in _PASSED}
         headers["Authorization"] = self._authorization
-        sent = False
+        headers["Accept-Encoding"] = "identity"  # the metering reads the bytes
+        sent = stream = False
         try:
             async with self._session.post(self._url + scope["path"], data=body, headers=headers) as response:
                 if response.status >= 500:
@@ -82,11 +83,15 @@ class Upstream:
                     await send(start)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except (aiohttp.ClientError, TimeoutError) as error:
-            if not sent:
-                raise UpstreamFailed(
-                    type(error).__name__, ran=not isinstance(error, aiohttp.ClientConnectorError)
-                ) from error
-            await _end_broken_stream(send)
+            if sent and stream:
+                await _end_broken_stream(send)
+            elif sent:
+                raise  # half a document: the server cuts the connection
+            elif isinstance(error, aiohttp.SocketTimeoutError):
+                raise GatewayTimeout("The worker did not answer in time.") from error
+            else:
+                refused = isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
+                raise UpstreamFailed(type(error).__name__, ran=not refused) from error
 
 
 async def _end_broken_stream(send: Send) -> None:

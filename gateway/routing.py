@@ -16,7 +16,7 @@ from gateway.registry import Worker
 PREFIX_BYTES = (16384, 4096, 1024)
 """Prefix lengths tried, deepest first. A prompt shorter than the last has no preferred worker."""
 LOAD_RATIO = 1.25
-LOAD_SLACK = 2
+LOAD_SLACK = 4
 """A preferred worker may have at most LOAD_RATIO times the mean load *and* LOAD_SLACK above the least loaded:
 over both it is passed by (bounded loads, Mirrokni et al. 2016; the second margin keeps small numbers calm)."""
 

@@ -2,10 +2,10 @@
 
     worker:{id}    string, JSON `Heartbeat`, lives HEARTBEAT_TTL_MS      written by the worker's agent
     workers        set of worker ids that ever registered                 written by the agent, reaped by gateways
-    running:{id}   hash request id -> JSON `Record` begun on that worker  written by the metering middleware
+    running:{id}   hash record id -> JSON  `Record` begun on that worker  written by the metering middleware
     usage          stream, one entry per finished request, field `r`      written by whoever metered it
     key:{id}       string, JSON `ApiKey`                                  written by `python -m gateway.keys`
-    held:{digest}  string with a TTL: a request body that killed two workers
+    batch:{id}     string with a TTL: a batch of records that is already in    written by whoever metered it
 """
 
 from redis.asyncio import Redis
@@ -39,9 +39,9 @@ def api_key_key(key_id: str) -> str:
     return f"key:{key_id}"
 
 
-def held_key(digest: str) -> str:
-    """Where a held-back request's mark lives."""
-    return f"held:{digest}"
+def batch_key(batch_id: str) -> str:
+    """Where it is noted that a batch of records was written."""
+    return f"batch:{batch_id}"
 
 
 def connect(settings: StateSettings, *, timeout_s: float | None = 1.0) -> Redis:

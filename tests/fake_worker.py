@@ -6,6 +6,7 @@ the prompt:  `say N` N chunks · `slow S` waits S seconds first · `status N` ·
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import time
 import msgspec
 import uvicorn
 from prometheus_client import REGISTRY, generate_latest
+from redis.exceptions import RedisError
 
 from gateway.metering import Receive, Scope, Send
 from gateway.registry import Heartbeat, Model
@@ -49,7 +51,7 @@ async def engine(scope: Scope, receive: Receive, send: Send) -> None:
         await answer(send, 200, json.dumps(cancelled).encode())
         return
     body = json.loads((await receive())["body"] or b"{}")
-    script = str(body["messages"][-1]["content"] if body.get("messages") else body.get("prompt", "say 3"))
+    script = str(body["messages"][-1]["content"] if body.get("messages") else body.get("prompt") or body.get("input") or "say 3")
     work = asyncio.create_task(act(script.split(), body, scope, send))
     gone = asyncio.create_task(until_gone(receive))
     done, _ = await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -87,7 +89,7 @@ async def act(words: list[str], body: dict, scope: Scope, send: Send) -> None:
     count = int(words[-1]) if words[-1].isdigit() else 3
     usage = {"prompt_tokens": 7, "completion_tokens": count, "total_tokens": 7 + count,
              "prompt_tokens_details": {"cached_tokens": 4}}
-    if not body.get("stream"):
+    if not body.get("stream") or scope["path"] == "/v1/embeddings":
         document = {"id": "c", "object": "chat.completion", "created": 1, "model": MODEL, "usage": usage, "choices": [
             {"index": 0, "message": {"role": "assistant", "content": "x" * count}, "finish_reason": "stop"}]}
         await answer(send, 200, json.dumps(document).encode())
@@ -122,11 +124,12 @@ async def beat(settings: WorkerSettings, metered: bool, middleware: WorkerMiddle
             id=worker_id, address=settings.address, state="ready", models=[Model(MODEL, 8192, int(time.time()))],
             in_flight=middleware._meter.in_flight, slots=8, metered=metered,
         )).decode()
-        async with redis.pipeline() as pipe:
-            pipe.set(worker_key(worker_id), raw, px=HEARTBEAT_TTL_MS)
-            pipe.sadd(WORKERS, worker_id)
-            pipe.publish(CHANNEL_WORKERS, raw)
-            await pipe.execute()
+        with contextlib.suppress(RedisError, OSError):
+            async with redis.pipeline() as pipe:
+                pipe.set(worker_key(worker_id), raw, px=HEARTBEAT_TTL_MS)
+                pipe.sadd(WORKERS, worker_id)
+                pipe.publish(CHANNEL_WORKERS, raw)
+                await pipe.execute()
         await asyncio.sleep(0.1)
 
 

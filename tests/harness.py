@@ -55,7 +55,7 @@ class Stack:
         self.port, self.gateway_port, self.worker_ports = ports[0], ports[1], list(worker_ports) or ports[2:]
         self.dials = Dials(state=folder, model="/nowhere", model_name="fake", workers=12, port=self.port)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.dials.run_dir.mkdir(mode=0o700, exist_ok=True)
+        self.dials.run_dir.mkdir(mode=0o711, exist_ok=True)
         make_secrets(self.dials.secrets)
         write_configs(self.dials, Ports(self.gateway_port, 0, tuple(self.worker_ports)))
         self.start_redis()

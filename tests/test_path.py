@@ -65,6 +65,30 @@ def test_every_request_leaves_one_record(stack: Stack) -> None:
     assert stack.key not in everything
 
 
+def test_numbers_beyond_any_float_are_no_poison(shared: Stack) -> None:
+    raw = b'{"model":"fake","stream":true,"messages":[{"role":"user","content":"say 2"}],"x":1e999}'
+    with shared.client() as client:
+        assert client.post(CHAT, content=raw).status_code == 200
+
+
+def test_stream_on_a_route_without_streams_is_still_metered(stack: Stack) -> None:
+    stack.add_worker("w1")
+    with stack.client() as client:
+        client.post("/v1/embeddings", json={"model": "fake", "input": "say 3", "stream": True})
+    assert stack.records(1)[0]["prompt_tokens"] == 7
+    assert stack.records(1)[0]["stream"] is False
+
+
+def test_two_requests_with_one_id_are_two_records(stack: Stack) -> None:
+    stack.add_worker("w1")
+    with stack.client() as client:
+        for _ in range(2):
+            client.post(CHAT, json=body("say 1"), headers={"x-request-id": "the-same-id"})
+    records = stack.records(2)
+    assert [r["request_id"] for r in records] == ["the-same-id"] * 2
+    assert len({r["id"] for r in records}) == 2
+
+
 def test_load_spreads(shared: Stack) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: shared.chat("slow 0.5"), range(8)))
@@ -74,7 +98,10 @@ def test_load_spreads(shared: Stack) -> None:
 
 def test_a_long_prefix_prefers_one_worker(shared: Stack) -> None:
     prompt = "say 1 " + "once upon a time " * 400
-    seen = {shared.chat(prompt).headers["x-owngpt-worker"] for _ in range(6)}
+    seen = set()
+    for _ in range(6):
+        seen.add(shared.chat(prompt).headers["x-owngpt-worker"])
+        time.sleep(0.15)  # a heartbeat later the worker is known to be idle again
     assert len(seen) == 1
 
 
@@ -95,11 +122,15 @@ def test_kill_under_load_fails_nothing_and_loses_no_record(stack: Stack) -> None
         futures = [pool.submit(stack.chat, "slow 0.2") for _ in range(count)]
         time.sleep(0.5)
         stack.kill("w1")
-        statuses = [future.result().status_code for future in futures]
-    assert statuses == [200] * count
+        answers = [future.result() for future in futures]
+    assert [answer.status_code for answer in answers] == [200] * count
     wait_for(lambda: stack.redis().exists("running:w1") == 0, "the lost worker's requests settled", 10)
-    records = stack.records(count)
-    assert sum(r["outcome"] == "ok" for r in records) == count
+    ids = {answer.headers["x-request-id"] for answer in answers}
+    wait_for(lambda: ids <= {r["request_id"] for r in stack.records()}, "all recorded")
+    records = stack.records()
+    # A request that ended in the very millisecond of the kill may be recorded as lost: docs/architecture.md, limits.
+    assert count - 1 <= sum(r["outcome"] == "ok" for r in records) <= count
+    assert len({r["id"] for r in records}) == len(records)
     lost = [r for r in records if r["outcome"] == "upstream_error"]
     assert all(r["worker"] == "w1" for r in lost)
     assert any(r.get("attempt") == 2 for r in records)
@@ -206,7 +237,9 @@ def test_redis_away_costs_no_request(stack: Stack) -> None:
         time.sleep(0.05)
     stack.kill("redis", signal.SIGCONT)
     assert set(statuses) == {200}
-    assert len(stack.records(len(statuses) + 1)) == len(statuses) + 1
+    stack.records(len(statuses) + 1)
+    time.sleep(2)  # a batch that timed out and was sent again must not count twice
+    assert len({r["id"] for r in stack.records()}) == len(stack.records()) == len(statuses) + 1
 
 
 def test_redis_killed_and_back_keeps_keys_and_workers(stack: Stack) -> None:

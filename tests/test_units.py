@@ -155,7 +155,9 @@ class TestDecode:
         assert ask.model == document["model"]
 
 
-def metered(events: list[bytes], hide: bool = True) -> tuple[bytes, Record]:
+def metered(
+    events: list[bytes], hide: bool = True, path: str = "/v1/chat/completions"
+) -> tuple[bytes, Record]:
     """What a client sees of a stream, and the record."""
     sent: list[bytes] = []
     records: list[Record] = []
@@ -167,7 +169,7 @@ def metered(events: list[bytes], hide: bool = True) -> tuple[bytes, Record]:
 
     async def app(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
         await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         for event in events:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -179,7 +181,7 @@ def metered(events: list[bytes], hide: bool = True) -> tuple[bytes, Record]:
     async def send(message) -> None:  # type: ignore[no-untyped-def]
         sent.append(message.get("body", b""))
 
-    scope = {"type": "http", "path": "/v1/chat/completions", "method": "POST", "headers": []}
+    scope = {"type": "http", "path": path, "method": "POST", "headers": []}
     asyncio.run(Metering(app, FakeMeter(), "w")(scope, receive, send))  # type: ignore[arg-type]
     return b"".join(sent), records[0]
 
@@ -202,6 +204,26 @@ class TestMetering:
         assert (record.outcome, record.prompt_tokens, record.completion_tokens) == ("ok", 9, 6)
         assert record.finish_reason == "stop"
 
+    @pytest.mark.parametrize("body", [
+        b'{"model":"m","stream":true,"stream_options":{},"x":1e999}',
+        b'{"model":"m","stream":true,"x":' + b"9" * 5000 + b"}",
+        b'{"model":"m","stream":true,"stream\\u005foptions":null}',
+        b'{"model":"m","stream":true,"stream_options":{"include_usage":false,"z":[1e999]}}',
+    ])
+    def test_usage_is_asked_for_whatever_else_the_body_holds(self, body: bytes) -> None:
+        changed = _ask_for_usage(body)
+        assert changed.count(b'"include_usage":true') == 1
+        assert b"null" not in changed
+        rest = body.split(b'"x":')[-1] if b'"x"' in body else b""
+        assert rest.rstrip(b"}") in changed
+
+    def test_an_anthropic_stream_that_breaks_is_told_in_our_words(self) -> None:
+        event = b'event: error\ndata: {"type":"error","error":{"type":"x","message":"at 0x7f"}}\n\n'
+        seen, record = metered([event], path="/v1/messages")
+        assert b"0x7f" not in seen
+        assert seen.startswith(b"event: error\ndata: ")
+        assert record.outcome == "stream_error"
+
     def test_text_that_looks_like_usage_is_left_alone(self) -> None:
         odd = b'data: {"choices":[{"delta":{"content":"\\"usage\\":{\\"error\\""},"finish_reason":null}]}\n\n'
         assert metered([odd, DONE])[0] == odd + DONE
@@ -220,7 +242,7 @@ class TestMetering:
             document["stream_options"] = options
         else:
             document.pop("stream_options", None)
-        changed = json.loads(_ask_for_usage(json.dumps(document).encode(), options))
+        changed = json.loads(_ask_for_usage(json.dumps(document).encode()))
         assert changed.pop("stream_options")["include_usage"] is True
         document.pop("stream_options", None)
         assert changed == document

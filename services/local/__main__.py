@@ -106,7 +106,7 @@ def prepare(dials: Dials, progress: Progress) -> Ports:
     """Folders, model, secrets, config files."""
     for folder in ("logs", "redis", "prometheus", "models"):
         (dials.state / folder).mkdir(exist_ok=True)
-    dials.run_dir.mkdir(mode=0o700, exist_ok=True)
+    dials.run_dir.mkdir(mode=0o711, exist_ok=True)  # nginx drops root: its workers pass through
     if dials.run_dir.stat().st_uid != os.getuid():
         raise UserError(f"{dials.run_dir} belongs to another user; remove it or set XDG_RUNTIME_DIR.")
     if dials.model == str(dials.state / "models" / bundled.NAME) and not Path(dials.model, "config.json").exists():

@@ -15,15 +15,17 @@ from hashlib import sha256
 from pathlib import Path
 
 ACL = """\
-user default off
+user default off resetpass ~* &* +@all
 user health on nopass resetkeys resetchannels -@all +ping
-user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~held:* \
+user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~batch:* \
 resetchannels &workers &keys &held -@all +ping +hello +multi +exec +discard +get +set +del +exists +mget +scan \
 +smembers +srem +hset +hdel +hvals +xadd +xlen +xrange +publish +subscribe +unsubscribe +eval
-user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage \
-resetchannels &workers -@all +ping +hello +multi +exec +discard +set +del +sadd +srem +hset +hdel +xadd +publish
+user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage ~batch:* \
+resetchannels &workers -@all +ping +hello +multi +exec +discard +set +del +sadd +srem +hset +hdel +xadd +publish +eval
 """
-"""Each service may do what it does and nothing else; `health` may only PING."""
+"""Each service may do what it does and nothing else; `health` may only PING. `default` is off, so nobody is ever that
+user, but keeps its rights: redis 7.0 replays the AOF as `default`, and without them it drops every transaction and
+script at the next start."""
 
 
 def write(path: Path, text: str) -> None:

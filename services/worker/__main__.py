@@ -33,6 +33,8 @@ STEPS = re.compile(rb"^vllm:iteration_tokens_total_count\{[^}]*\} (\S+)", re.M)
 WAITING = re.compile(rb"^vllm:num_requests_waiting\{[^}]*\} (\S+)", re.M)
 KV_USE = re.compile(rb"^vllm:kv_cache_usage_perc\{[^}]*\} (\S+)", re.M)
 METRICS_EVERY_S = 1.0
+STOPPING_TTL_MS = 20_000
+"""How long the engine may take to stop before gateways count what it ran as lost."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -86,6 +88,9 @@ class Agent:
             with contextlib.suppress(RedisError, OSError):
                 await self._publish("gone")
             await self._stop_engine()
+            # Only now: a gateway settles as lost whatever a worker without this key left running.
+            with contextlib.suppress(RedisError, OSError):
+                await self._redis.delete(worker_key(self._beat.id))
             await self._http.aclose()
             await self._redis.aclose()
 
@@ -158,11 +163,8 @@ class Agent:
         key = worker_key(self._beat.id)
         try:
             async with self._redis.pipeline(transaction=True) as pipe:
-                if state == "gone":
-                    pipe.delete(key)
-                else:
-                    pipe.set(key, raw, px=HEARTBEAT_TTL_MS)
-                    pipe.sadd(WORKERS, self._beat.id)
+                pipe.set(key, raw, px=STOPPING_TTL_MS if state == "gone" else HEARTBEAT_TTL_MS)
+                pipe.sadd(WORKERS, self._beat.id)
                 pipe.publish(CHANNEL_WORKERS, raw)
                 await pipe.execute()
             if not self._redis_ok:
