@@ -128,6 +128,22 @@ def test_only_nginx_is_reachable_and_users_are_not_root(containers: openai.OpenA
 
 
 @needs_engine
+def test_unknown_hosts_are_dropped_where_names_are_configured(containers: openai.OpenAI) -> None:
+    name = docker("compose", "run", "-d", "--no-deps", "-e", "SERVER_NAMES=a.example b.example", "nginx").strip()
+
+    def curl(host: str) -> int:
+        command = ["docker", "exec", name, "curl", "-s", "-o", "/dev/null", "-H", f"Host: {host}", "http://127.0.0.1:8080/health"]
+        return subprocess.run(command, env=ENV, check=False).returncode
+
+    try:
+        wait_for(lambda: curl("a.example") == 0, "nginx up", 15)
+        assert curl("b.example") == 0
+        assert curl("evil.example") == 52, "curl: empty reply from server"
+    finally:
+        docker("rm", "-f", name)
+
+
+@needs_engine
 def test_scale_kill_and_ask_again(containers: openai.OpenAI) -> None:
     print("\nscaling to two workers", flush=True)
     docker("compose", "up", "-d", "--wait", "--scale", "worker=2")

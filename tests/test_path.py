@@ -3,11 +3,14 @@
 import concurrent.futures
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import httpx
 import pytest
 
+from services.local.plan import ROOT
 from tests.harness import Stack, body, running, wait_for
 
 CHAT = "/v1/chat/completions"
@@ -224,6 +227,55 @@ def test_a_worker_lost_mid_stream_is_recorded_once(stack: Stack) -> None:
         client.post(CHAT, json=body("die after 20", stream=True))
     wait_for(lambda: stack.redis().xlen("usage") == 1, "the lost request settled", 10)
     assert stack.records(1)[0]["outcome"] == "upstream_error"
+
+
+def test_a_frozen_worker_is_avoided_within_five_seconds(stack: Stack) -> None:
+    stack.add_worker("w1")
+    stack.add_worker("w2")
+    stack.kill("w1", signal.SIGSTOP)
+    frozen = time.monotonic()
+    wait_for(lambda: stack.ready_count() == 1, "the frozen worker dropped", 5)
+    assert time.monotonic() - frozen <= 5
+    assert {stack.chat("say 1").headers["x-owngpt-worker"] for _ in range(6)} == {"w2"}
+    stack.kill("w1", signal.SIGCONT)
+    wait_for(lambda: stack.ready_count() == 2, "back", 5)
+
+
+def test_cors_only_for_the_origins_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORS_ORIGINS", "https://app.example http://localhost:3000")
+    with running(tmp_path) as stack:
+        stack.add_worker("w1")
+        for origin, allowed in (("https://app.example", True), ("https://evil.example", False)):
+            preflight = httpx.options(stack.base + CHAT, headers={"origin": origin})
+            assert preflight.status_code == 204
+            with stack.client() as client:
+                answer = client.post(CHAT, json=body("say 1"), headers={"origin": origin})
+                refused = client.post(CHAT, json=body("x" * 5_000_000), headers={"origin": origin})
+            for response in (preflight, answer, refused, httpx.get(stack.base + "/v1/models", headers={"origin": origin})):
+                expected = [origin] if allowed else []
+                assert response.headers.get_list("access-control-allow-origin") == expected, response
+
+
+def test_the_key_command(stack: Stack) -> None:
+    def keys(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "gateway.keys", *args], env=stack.env("gateway"), cwd=ROOT,
+                              capture_output=True, text=True, check=False)
+
+    stack.add_worker("w1")
+    made = keys("create", "alice").stdout.strip()
+    asked = httpx.post(stack.base + CHAT, json=body("say 1"), headers={"authorization": f"Bearer {made}"})
+    assert asked.status_code == 200
+    listed = keys("list").stdout
+    assert "alice" in listed
+    assert made.split("_")[2] not in listed
+    assert "revoked" in keys("revoke", made.split("_")[1]).stdout
+    time.sleep(0.5)
+    asked = httpx.post(stack.base + CHAT, json=body("say 1"), headers={"authorization": f"Bearer {made}"})
+    assert asked.status_code == 401
+    for wrong in (("create", "a/b"), ("revoke", "00000000")):
+        done = keys(*wrong)
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
 
 
 def test_redis_away_costs_no_request(stack: Stack) -> None:
