@@ -119,7 +119,7 @@ def stack_with_mock(folder: Path, upstream: int) -> Iterator[Stack]:
 
 
 NGINX_HEAD = """\
-worker_processes auto; daemon off; pid {folder}/{name}.pid; error_log stderr warn;
+worker_processes 1; daemon off; pid {folder}/{name}.pid; error_log stderr warn;
 events {{ worker_connections 8192; }}
 http {{ access_log off; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
 uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s; keepalive_requests 100000000;
