@@ -29,12 +29,12 @@ def version(name: str) -> str:
     return next(line.split()[1] for line in shown.splitlines() if line.startswith("Version"))
 
 
-def start(command: list[str], url: str, log: Path, headers: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+def start(command: list[str], url: str, log: Path) -> subprocess.Popen[bytes]:
     """Start a server pinned to core 0 and wait until `url` answers 200."""
     process = subprocess.Popen([*PIN, *command], stdout=open(log, "ab"), stderr=subprocess.STDOUT)
     for _ in range(600):
         try:
-            if httpx.get(url, timeout=2, headers=headers).status_code == 200:
+            if httpx.get(url, timeout=2).status_code == 200:
                 return process
         except httpx.HTTPError:
             pass

@@ -24,7 +24,7 @@ from gateway.metering import Message, Meter, Receive, Scope, Send
 from gateway.metrics import GatewayMetrics, RequestMetrics
 from gateway.path import HeldBack, RequestPath, name_request, send_error
 from gateway.records import Recorder
-from gateway.registry import Feed, WorkerTable, load_workers, reap
+from gateway.registry import Feed, Model, WorkerTable, load_workers, reap
 from gateway.relay import open_session
 from gateway.settings import Settings
 from gateway.store import CHANNEL_HELD, CHANNEL_KEYS, CHANNEL_WORKERS, HEARTBEAT_TTL_MS, connect
@@ -205,11 +205,11 @@ def add_routes(api: FastAPI) -> None:
         return describe(found)
 
 
-def describe(model: object) -> dict[str, object]:
+def describe(model: Model) -> dict[str, object]:
     """A model in OpenAI's shape, with vLLM's `max_model_len` and `parent`."""
     return {
-        "id": model.id, "object": "model", "created": model.created, "owned_by": "owngpt",  # type: ignore[attr-defined]
-        "max_model_len": model.max_model_len, "parent": model.parent,  # type: ignore[attr-defined]
+        "id": model.id, "object": "model", "created": model.created, "owned_by": "owngpt",
+        "max_model_len": model.max_model_len, "parent": model.parent,
     }
 
 

@@ -415,6 +415,3 @@ def _field(location: str) -> str:
     """`body.messages.0.ChatCompletionUserMessageParam.content` as the client wrote it: `messages.0.content`."""
     parts = [part for part in location.split(".") if not part[:1].isupper()]
     return ".".join(parts[1:] if parts[:1] == ["body"] else parts)
-
-
-__all__ = ["CONTEXT", "App", "Meter", "Metering", "Receive", "Scope", "Send"]

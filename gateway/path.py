@@ -23,7 +23,6 @@ from loguru import logger
 from gateway import attempts, errors, routing
 from gateway.auth import Authenticator, bearer
 from gateway.decode import ROUTES, Ask, decode
-from gateway.keys import ApiKey
 from gateway.metering import CONTEXT, Message, Meter, Metering, Receive, Scope, Send
 from gateway.metrics import GatewayMetrics
 from gateway.registry import Worker, WorkerTable
@@ -289,6 +288,3 @@ def _explain(send: Send, timing: bytes) -> Send:
         await send(message)
 
     return explaining
-
-
-__all__ = ["ApiKey", "HeldBack", "RequestPath", "name_request", "read_body", "send_error"]

@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from gateway.records import REAP
-from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, USAGE, USAGE_MAX_ENTRIES, WORKERS, running_key, worker_key
+from gateway.store import HEARTBEAT_TTL_MS, USAGE, USAGE_MAX_ENTRIES, WORKERS, running_key, worker_key
 
 State = Literal["ready", "stalled", "draining", "gone"]
 
@@ -228,6 +228,3 @@ async def reap(redis: Redis) -> int:
             count = int(await redis.eval(REAP, len(keys), *keys, worker_id, str(USAGE_MAX_ENTRIES)))
             lost += max(count, 0)
     return lost
-
-
-__all__ = ["CHANNEL_WORKERS", "Feed", "Heartbeat", "Model", "State", "Worker", "WorkerTable", "load_workers", "reap"]
