@@ -75,6 +75,11 @@ class Dials:
         """The state redis."""
         return f"unix://{self.run_dir}/redis.sock?db=0"
 
+    @property
+    def cache_redis_url(self) -> str:
+        """The cache redis."""
+        return f"unix://{self.run_dir}/redis-cache.sock?db=0"
+
 
 @dataclass(frozen=True)
 class Ports:
@@ -170,17 +175,21 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
     """The stack, in the order of a request's way back to front."""
     run_dir, python = dials.run_dir, sys.executable
     redis = find_redis()
-    acl = str(dials.secrets / "redis/users.acl")
-    shared = {"REDIS_URL": dials.redis_url, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    shared = {
+        "REDIS_URL": dials.redis_url, "CACHE_REDIS_URL": dials.cache_redis_url,
+        "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT),
+    }
     found = [
         Program("redis", [
             redis, str(ROOT / "services/redis/redis.conf"), "--port", "0", "--unixsocket", str(run_dir / "redis.sock"),
-            "--unixsocketperm", "700", "--dir", str(dials.state / "redis"), "--aclfile", acl,
+            "--unixsocketperm", "700", "--dir", str(dials.state / "redis"),
+            "--aclfile", str(dials.secrets / "redis/users.acl"),
         ], priority=10),
         Program("redis-cache", [
             redis, str(ROOT / "services/redis/cache.conf"), "--port", "0",
             "--unixsocket", str(run_dir / "redis-cache.sock"), "--unixsocketperm", "700",
-            "--dir", str(run_dir), "--aclfile", acl, "--maxmemory", os.environ.get("CACHE_MAXMEMORY") or "512mb",
+            "--dir", str(run_dir), "--aclfile", str(dials.secrets / "redis/cache.acl"),
+            "--maxmemory", os.environ.get("CACHE_MAXMEMORY") or "1gb",
         ], priority=10),
     ]  # fmt: skip
     for number, (port, cores) in enumerate(zip(ports.workers, cpu_slices(dials.workers), strict=True), 1):
@@ -193,6 +202,8 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
             "ENGINE_PORT": str(port),
             "ADVERTISE_HOST": "127.0.0.1",
             "CPU_THREADS_BIND": cores,
+            "KV_TIER": os.environ.get("KV_TIER") or "redis",
+            "KV_SECRET_FILE": str(dials.secrets / "worker/kv_secret"),
             "DRAIN_TIMEOUT_S": "5",
         }, stop_s=25, start_s=5, priority=20))
     found.append(Program("gateway", [python, "-m", "gateway", "--port", str(ports.gateway)], shared | {

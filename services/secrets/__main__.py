@@ -2,9 +2,9 @@
 
 One folder per reader, so that a container mounts nothing it does not need:
 
-    DIR/gateway      redis_password  worker_token
-    DIR/worker       redis_password  worker_token
-    DIR/redis        users.acl       (digests only; `redis` and `redis-cache` share it)
+    DIR/gateway      redis_password  worker_token  cache_secret
+    DIR/worker       redis_password  worker_token  kv_secret
+    DIR/redis        users.acl  cache.acl       (digests only)
 """
 
 import argparse
@@ -26,6 +26,13 @@ resetchannels &workers -@all +ping +hello +multi +exec +discard +set +del +sadd 
 """Each service may do what it does and nothing else; `health` may only PING. `default` is off, so nobody is ever that
 user, but keeps its rights: redis 7.0 replays the AOF as `default`, and without them it drops every transaction and
 script at the next start."""
+CACHE_ACL = """\
+user default off
+user health on nopass resetkeys resetchannels -@all +ping
+user gateway on #{gateway} resetkeys ~answer:* resetchannels -@all +ping +hello +get +getex +set +del
+user worker on #{worker} resetkeys ~kv:* ~kvseen:* resetchannels -@all +ping +hello +strlen +getex +set +expire +info
+"""
+"""redis-cache: answers are the gateway's, KV blocks the workers'. It has no AOF, so `default` needs no rights."""
 
 
 def write(path: Path, text: str) -> None:
@@ -49,7 +56,10 @@ def make(root: Path) -> None:
     passwords = {who: ensure(root / who / "redis_password") for who in ("gateway", "worker")}
     ensure(root / "worker" / "worker_token", ensure(root / "gateway" / "worker_token"))
     digests = {who: sha256(password.encode()).hexdigest() for who, password in passwords.items()}
+    ensure(root / "gateway" / "cache_secret")
+    ensure(root / "worker" / "kv_secret")
     write(root / "redis" / "users.acl", ACL.format(**digests))
+    write(root / "redis" / "cache.acl", CACHE_ACL.format(**digests))
 
 
 def main() -> None:

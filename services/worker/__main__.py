@@ -25,7 +25,7 @@ from redis.exceptions import RedisError
 from gateway import logs
 from gateway.registry import Heartbeat, Model, State
 from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, connect, worker_key
-from services.worker import engine
+from services.worker import engine, shm
 from services.worker.middleware import LOAD_PATH, WORKER_ID
 from services.worker.settings import WorkerSettings
 
@@ -223,6 +223,7 @@ def main() -> None:
             print(f"worker: {name}: {problem['msg']} (value: {problem.get('input')!r})", file=sys.stderr)
         raise SystemExit(1) from None
     logs.configure("worker", settings.log_level)
+    shm.sweep()
     raise SystemExit(asyncio.run(Agent(settings).run()))
 
 

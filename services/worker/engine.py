@@ -1,6 +1,8 @@
 """The engine's command line and environment: pure functions of the settings; a test shows them to vLLM's parser."""
 
+import json
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -12,6 +14,11 @@ NO_MEDIA_DOMAIN = "media-fetching-is-off.invalid"
 
 
 SMALL_MACHINE_CORES = 4
+CPU_STEP_TOKENS = 512
+CUDA_CHUNK_TOKENS = 240
+"""Tokens in one redis value on a GPU: 30 MiB for an 8B model, which fits jemalloc's classes (docs/kv-cache.md)."""
+ENGINE_ID_PREFIX = "owngpt-"
+"""Then the agent's process id: whose shared memory a file in /dev/shm is."""
 
 
 def command(settings: WorkerSettings) -> list[str]:
@@ -47,7 +54,37 @@ def command(settings: WorkerSettings) -> list[str]:
             args += ["--quantization", settings.quantization]
     else:
         args += ["--enforce-eager"]
+    if settings.kv_tier == "redis":
+        args += kv_tier(settings)
     return args + settings.extra_args
+
+
+def kv_tier(settings: WorkerSettings) -> list[str]:
+    """The flags that put redis-cache behind the engine's KV blocks (services/worker/kv). No secret is among them."""
+    extra: dict[str, object] = {
+        "spec_name": "RedisTieringSpec",
+        "spec_module_path": "services.worker.kv.spec",
+        "cpu_bytes_to_use": int(settings.kv_host_gib * 2**30),
+        "offload_prompt_only": False,  # the next turn of a chat begins with this answer
+        "secondary_tiers": [{"type": "RedisTier", "module_path": "services.worker.kv.tier"}],
+    }
+    if settings.accelerator == "cuda":
+        extra["block_size"] = CUDA_CHUNK_TOKENS
+    args = [
+        "--prefix-caching-hash-algo", "sha256_cbor",  # the same in every process and Python version
+        "--kv-transfer-config", json.dumps({
+            "kv_connector": "RedisOffloadingConnector",
+            "kv_connector_module_path": "services.worker.kv.connector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "engine_id": f"{ENGINE_ID_PREFIX}{os.getpid()}-{secrets.token_hex(4)}",
+            "kv_connector_extra_config": extra,
+        }),
+    ]  # fmt: skip
+    if settings.accelerator == "cpu":
+        # A request waits a few engine steps for its blocks; on a CPU a step of 2,048 tokens takes seconds.
+        args += ["--max-num-batched-tokens", str(CPU_STEP_TOKENS)]
+    return args
 
 
 def environment(settings: WorkerSettings) -> dict[str, str]:

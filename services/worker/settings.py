@@ -4,9 +4,9 @@ import shlex
 import socket
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gateway.settings import StateSettings, read_secret
 
@@ -30,6 +30,11 @@ class WorkerSettings(StateSettings):
     tensor_parallel_size: int = Field(1, ge=1)
     quantization: str = ""
     tool_call_parser: str = "hermes"
+    kv_tier: Literal["redis", "off"] = Field("off", description="redis: share KV blocks through redis-cache")
+    cache_redis_url: str = Field("", pattern=r"^((redis|rediss|unix)://.*)?$", description="redis-cache")
+    kv_secret_file: Path | None = None
+    kv_host_gib: float = Field(0.5, gt=0, description="host memory between the engine's KV blocks and redis-cache")
+    kv_ttl_s: int = Field(86400, ge=60, description="how long an unused block stays in redis-cache")
     cpu_threads_bind: str = Field("", description="CPU only: VLLM_CPU_OMP_THREADS_BIND; default: by core count")
     engine_args: str = Field("", description="further vLLM flags, as on a command line")
     start_timeout_s: float = Field(1800.0, gt=0)
@@ -41,6 +46,20 @@ class WorkerSettings(StateSettings):
     def worker_token(self) -> str:
         """The token asked of whoever forwards a request."""
         return read_secret(self.worker_token_file)
+
+    @cached_property
+    def kv_secret(self) -> str:
+        """The key of the digests in KV blocks; all workers of a deployment share it."""
+        assert self.kv_secret_file is not None  # noqa: S101 - checked at the start
+        return read_secret(self.kv_secret_file)
+
+    @model_validator(mode="after")
+    def _tier_is_complete(self) -> Self:
+        if self.kv_tier == "redis" and not (self.cache_redis_url and self.kv_secret_file):
+            raise ValueError("KV_TIER=redis needs CACHE_REDIS_URL and KV_SECRET_FILE")
+        if self.kv_secret_file is not None:
+            read_secret(self.kv_secret_file)
+        return self
 
     @property
     def served_name(self) -> str:
