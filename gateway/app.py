@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
 from gateway import errors, logs
+from gateway.answers import Answers
 from gateway.auth import Authenticator, bearer
 from gateway.decode import ROUTES
 from gateway.metering import Message, Meter, Receive, Scope, Send
@@ -27,7 +28,7 @@ from gateway.records import Recorder
 from gateway.registry import Feed, Model, WorkerTable, load_workers, reap
 from gateway.relay import open_session
 from gateway.settings import Settings
-from gateway.store import CHANNEL_HELD, CHANNEL_KEYS, CHANNEL_WORKERS, HEARTBEAT_TTL_MS, connect
+from gateway.store import CHANNEL_HELD, CHANNEL_KEYS, CHANNEL_WORKERS, HEARTBEAT_TTL_MS, connect, connect_cache
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Answered without a key. nginx does not let /metrics out."""
@@ -102,7 +103,8 @@ class Gateway:
         )
         app.state.table, app.state.metrics, app.state.registry = table, metrics, registry
         self._authenticator = authenticator
-        self._path = RequestPath(settings, table, authenticator, held, session, meter, metrics)
+        answers = open_answers(settings, metrics)
+        self._path = RequestPath(settings, table, authenticator, held, session, meter, metrics, answers)
         background = [
             asyncio.create_task(feed.run(), name="feed"),
             asyncio.create_task(_tend(redis, feed, table, metrics), name="tend"),
@@ -115,9 +117,19 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*background, *tasks, return_exceptions=True)
             await session.close()
+            if answers is not None:
+                await answers.close()
             await recorder.close()
             await redis.aclose()
             logger.info("gateway down", pid=os.getpid())
+
+
+def open_answers(settings: Settings, metrics: GatewayMetrics) -> Answers | None:
+    """The answer cache, if it is on and there is a redis-cache."""
+    if settings.answer_cache == "off" or not settings.cache_redis_url:
+        return None
+    redis = connect_cache(settings)
+    return Answers(redis, settings.cache_secret, settings.answer_ttl_s, settings.answer_max_bytes, metrics.answers)
 
 
 class Answer:

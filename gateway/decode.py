@@ -34,6 +34,7 @@ class Ask(msgspec.Struct):
     best_of: Annotated[int, msgspec.Meta(ge=1)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     messages: RawJson = RawJson(b"")
     prompt: RawJson = RawJson(b"")
     input: RawJson = RawJson(b"")

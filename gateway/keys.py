@@ -38,20 +38,23 @@ class ApiKey(msgspec.Struct):
     name: str
     digest: str
     created: int
+    scope: str = ""
+    """Keys with the same scope share cached answers and KV blocks; empty: this key alone (`isolation.py`)."""
 
 
 def _checksum(key_id: str, secret: str) -> str:
     return f"{zlib.crc32(f'{key_id}{secret}'.encode()):08x}"
 
 
-def make(name: str) -> tuple[str, ApiKey]:
-    """A new key and its record. Raises ValueError for a name that is not 1 to 64 plain characters."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"a key's name is 1 to 64 letters, digits, spaces or . _ @ -; got {name!r}")
+def make(name: str, scope: str = "") -> tuple[str, ApiKey]:
+    """A new key and its record. Raises ValueError for a name or scope that is not 1 to 64 plain characters."""
+    for what, given in (("name", name), ("scope", scope or name)):
+        if not _NAME.fullmatch(given):
+            raise ValueError(f"a key's {what} is 1 to 64 letters, digits, spaces or . _ @ -; got {given!r}")
     key_id = secrets.token_hex(4)
     secret = "".join(secrets.choice(_ALPHABET) for _ in range(43))
     key = f"{PREFIX}_{key_id}_{secret}{_checksum(key_id, secret)}"
-    return key, ApiKey(key_id, name, sha256(key.encode()).hexdigest(), int(time.time()))
+    return key, ApiKey(key_id, name, sha256(key.encode()).hexdigest(), int(time.time()), scope)
 
 
 def key_id_of(key: str) -> str | None:
@@ -86,10 +89,15 @@ app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True, 
 
 
 @app.command()
-def create(name: Annotated[str, typer.Argument(help="Who the key is for, as it appears in logs and usage.")]) -> None:
+def create(
+    name: Annotated[str, typer.Argument(help="Who the key is for, as it appears in logs and usage.")],
+    scope: Annotated[
+        str, typer.Option(help="Share cached answers and KV blocks with every key of this scope. Default: with none.")
+    ] = "",
+) -> None:
     """Make a key and print it. It is not shown again."""
     try:
-        key, record = make(name)
+        key, record = make(name, scope)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if not _redis().set(api_key_key(record.id), msgspec.json.encode(record), nx=True):
@@ -99,12 +107,13 @@ def create(name: Annotated[str, typer.Argument(help="Who the key is for, as it a
 
 @app.command("list")
 def list_() -> None:
-    """Show the keys there are: id, creation date, name."""
+    """Show the keys there are: id, creation date, name, and the cache scope if it is shared."""
     redis = _redis()
     for name in sorted(redis.scan_iter(match=api_key_key("*"), count=1000)):
         if (raw := redis.get(name)) is not None:
             record = msgspec.json.decode(raw, type=ApiKey)
-            typer.echo(f"{record.id}  {time.strftime('%Y-%m-%d', time.gmtime(record.created))}  {record.name}")
+            typer.echo(f"{record.id}  {time.strftime('%Y-%m-%d', time.gmtime(record.created))}  {record.name}"
+                       + (f"  (scope {record.scope})" if record.scope else ""))
 
 
 @app.command()

@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -29,9 +30,11 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CONTEXT = b"x-owngpt-context"
-"""Header from the gateway: `{key id} {attempt}`."""
+"""Header from the gateway: `{key id} {attempt} {salt}`; the salt is that of the key's cache scope."""
 MAX_ERROR_BYTES = 64 * 1024
 _USAGE_ROUTES = ("chat", "completions")
+_SALTED_ROUTES = ("chat", "completions", "responses", "messages", "embeddings")
+"""Where vLLM takes a `cache_salt`; the rest reads no KV blocks."""
 _ERROR_MARKS = {"messages": b'"type":"error"', "responses": b'"type":"response.failed"'}
 """How a broken stream looks where it is not `data: {"error"`."""
 _BROKEN = "The worker failed while it was answering."
@@ -117,33 +120,38 @@ class Meter:
 
 
 class Metering:
-    """The middleware. `worker` names whose requests these are; other paths pass through untouched."""
+    """The middleware. `worker` names whose requests these are; other paths pass through untouched.
 
-    def __init__(self, app: App, meter: Meter, worker: str) -> None:
+    `salts`: the engine is vLLM, whose KV blocks are kept apart by `cache_salt`.
+    """
+
+    def __init__(self, app: App, meter: Meter, worker: str, *, salts: bool = False) -> None:
         self._app = app
         self._meter = meter
         self._worker = worker
+        self._salts = salts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] not in ROUTES or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        await _Metered(self._app, self._meter, self._worker, scope, receive, send).run()
+        await _Metered(self._app, self._meter, self._worker, self._salts, scope, receive, send).run()
 
 
 class _Metered:
     """One request on its way."""
 
     def __init__(
-        self, app: App, meter: Meter, worker: str, scope: Scope, receive: Receive, send: Send
+        self, app: App, meter: Meter, worker: str, salts: bool, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        self.app, self.meter, self.scope = app, meter, scope
+        self.app, self.meter, self.scope, self.salts = app, meter, scope, salts
         self._receive, self._send = receive, send
         self.started = time.monotonic()
         key, attempt, request_id = "-", "1", ""
+        self.salt = ""
         for name, value in scope["headers"]:
             if name == CONTEXT:
-                key, _, attempt = value.decode("latin-1").partition(" ")
+                key, attempt, self.salt = [*value.decode("latin-1").split(" "), "", ""][:3]
             elif name == b"x-request-id":
                 request_id = value.decode("latin-1")
         self.record = Record(
@@ -202,9 +210,10 @@ class _Metered:
             wants = _Wants()  # the engine will refuse it
         self.record.model = wants.model
         asked = wants.stream_options is not None and wants.stream_options.include_usage
-        if wants.stream and not asked and self.record.route in _USAGE_ROUTES:
-            self.hide_usage = True
-            body = _ask_for_usage(body)
+        self.hide_usage = bool(wants.stream and not asked and self.record.route in _USAGE_ROUTES)
+        salt = self.salt if self.salts and self.record.route in _SALTED_ROUTES else ""
+        if salt or self.hide_usage:
+            body = rewrite(body, usage=self.hide_usage, salt=salt)
             headers = [(n, v) for n, v in self.scope["headers"] if n != b"content-length"]
             headers.append((b"content-length", str(len(body)).encode()))
             self.scope = {**self.scope, "headers": headers}
@@ -302,7 +311,7 @@ class _Metered:
             self.record.finish_reason = data[reason + 17 : end].decode("ascii", "replace")[:32]
         if b'"usage":{' in data:
             self._take_usage(data)
-            if self.hide_usage and b'"choices":[]' in data:
+            if self.hide_usage and only_usage(event):
                 return None
         return event
 
@@ -384,14 +393,32 @@ class _Metered:
         await self._send({"type": "http.response.body", "body": out, "more_body": False})
 
 
-def _ask_for_usage(body: bytes) -> bytes:
-    """The body with `stream_options.include_usage` true; every other value keeps its very bytes."""
-    document = _decode_raw(body)
-    options = document.get("stream_options", _NULL)
-    document["stream_options"] = msgspec.Raw(msgspec.json.encode(
-        {**(_decode_raw(options) if options != _NULL else {}), "include_usage": True}
-    ))
+def rewrite(body: bytes, *, usage: bool, salt: str = "") -> bytes:
+    """The body with `stream_options.include_usage` true, and a `cache_salt`; every other value keeps its very bytes.
+
+    A client's own `cache_salt` divides its scope further; it never leads out of it. What is no JSON object is left to
+    the engine to refuse.
+    """
+    try:
+        document = _decode_raw(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return body
+    if usage:
+        options = document.get("stream_options", _NULL)
+        document["stream_options"] = msgspec.Raw(msgspec.json.encode(
+            {**(_decode_raw(options) if options != _NULL else {}), "include_usage": True}
+        ))
+    if salt:
+        own = document.get("cache_salt", _NULL)
+        if own != _NULL:
+            salt = blake2b(bytes(own), digest_size=16, key=salt.encode()).hexdigest()
+        document["cache_salt"] = msgspec.Raw(b'"%s"' % salt.encode())
     return msgspec.json.encode(document)
+
+
+def only_usage(event: bytes) -> bool:
+    """Whether an SSE event is the one that holds nothing but usage."""
+    return b'"choices":[]' in event and b'"usage":{' in event
 
 
 def _engine_message(body: bytes) -> tuple[str, str | None]:

@@ -73,6 +73,10 @@ class GatewayMetrics:
             "gateway_workers", "Workers by state, as this gateway sees them.", ("state",), registry=registry,
             multiprocess_mode="mostrecent",
         )
+        self.answers = Counter(
+            "gateway_answers", "Questions that may be answered from memory: hit, joined (the same was being answered), "
+            "miss; and of the store: stored, too_large, damaged.", ("result",), registry=registry,
+        )
         self.lost_requests = Counter(
             "gateway_lost_requests", "Requests that were running on a worker when it was lost.", registry=registry
         )

@@ -5,8 +5,9 @@
     3 read             the body, up to the limit
     4 decode           only the fields the decision needs
     5 look back        did earlier tries of it fail, is it held back
-    6 choose           a worker
-    7 answer           `X-Accel-Redirect` for nginx, or relay the bytes
+    6 remember         was the same asked before; then its answer is replayed
+    7 choose           a worker
+    8 answer           `X-Accel-Redirect` for nginx, or relay the bytes
 
 A raw ASGI app: on this path FastAPI would cost more than everything above together.
 """
@@ -16,21 +17,28 @@ import secrets
 import time
 from collections.abc import Callable
 from hashlib import blake2b
+from typing import NamedTuple
 
 import aiohttp
 from loguru import logger
 
 from gateway import attempts, errors, routing
+from gateway.answers import BYPASS, HEADER, Answers, Collecting, Question, ask_question, render, replay
 from gateway.auth import Authenticator, bearer
 from gateway.decode import ROUTES, Ask, decode
-from gateway.metering import CONTEXT, Message, Meter, Metering, Receive, Scope, Send
+from gateway.isolation import Scopes
+from gateway.keys import ApiKey
+from gateway.metering import CONTEXT, Message, Meter, Metering, Receive, Scope, Send, rewrite
 from gateway.metrics import GatewayMetrics
+from gateway.records import Record
 from gateway.registry import Worker, WorkerTable
 from gateway.relay import Upstream
 from gateway.settings import Settings
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{8,64}")
 RETRY_AFTER_S = 2
+ANSWER_CACHE = "answer-cache"
+"""The worker's name in the record of an answer from memory."""
 
 HoldBack = Callable[[str], None]
 
@@ -68,6 +76,21 @@ class HeldBack:
         return self.digest(body) in self._until
 
 
+class _Request(NamedTuple):
+    """What the way to a worker needs to know of a request."""
+
+    ask: Ask
+    body: bytes
+    key_id: str
+    id: bytes
+    cache_scope: str
+    salt: str
+
+    def context(self, attempt: int) -> bytes:
+        """The header that the worker's metering reads."""
+        return f"{self.key_id} {attempt} {self.salt}".encode()
+
+
 class RequestPath:
     """The hot routes as one ASGI app."""
 
@@ -80,6 +103,7 @@ class RequestPath:
         session: aiohttp.ClientSession,
         meter: Meter,
         metrics: GatewayMetrics,
+        answers: Answers | None,
     ) -> None:
         self._settings = settings
         self._table = table
@@ -88,6 +112,9 @@ class RequestPath:
         self._session = session
         self._meter = meter
         self._metrics = metrics
+        self._answers = answers
+        self._scopes = Scopes(settings.cache_secret, settings.cache_scope)
+        self._holders = routing.Holders()
         self._decided = {route: metrics.decisions.labels(route, "fast") for route, _ in ROUTES.values()}
         self._token = settings.worker_token.encode()
 
@@ -106,27 +133,65 @@ class RequestPath:
             ask = decode(path, body, self._settings.max_n)
             tried = look_back(scope) if self._settings.edge == "nginx" else attempts.Attempts()
             self._refuse_poison(tried, body)
-            chosen = self._choose(ask, tried)
+            cache_scope = self._scopes.of(key)
+            question = None
+            if self._answers is not None:
+                revision = self._table.revision
+                question = ask_question(route, ask, body, scope["headers"], cache_scope, revision)
+            if question is not None and await self._remember(question, key, ask, request_id, started, send):
+                return
+            chosen = self._choose(ask, cache_scope, tried)
         except errors.ApiError as error:
             self._metrics.decisions.labels(route, str(error.status)).inc()
             log_refusal(error, request_id, path)
             await send_error(error, request_id, send)
             return
+        request = _Request(ask, body, key.id, request_id, cache_scope, self._scopes.salt(cache_scope))
         worker = chosen.worker
         worker.sent += 1
         took = time.perf_counter() - started
         self._metrics.decision_seconds.observe(took)
         timing = b'gateway;dur=%.2f;desc="%s"' % (took * 1e3, chosen.reason.encode())
-        context = f"{key.id} {len(tried.tried) + 1}".encode()
-        if self._settings.edge == "nginx" and worker.beat.metered:
+        if question is not None and self._answers is not None:
+            self._metrics.decisions.labels(route, "relay").inc()
+            collecting = Collecting(question, _explain(send, (b"server-timing", timing)), self._answers.max_bytes)
+            asked = rewrite(body, usage=True) if question.stream and not question.usage else body
+            with self._answers.flight(question, collecting):
+                await self._relay(worker, request, asked, scope, receive, collecting)
+        elif self._settings.edge == "nginx" and worker.beat.metered:
             self._decided[route].inc()
-            await self._accelerate(worker, request_id, context, timing, send)
+            await self._accelerate(worker, request, len(tried.tried) + 1, timing, send)
         else:
             self._metrics.decisions.labels(route, "relay").inc()
-            await self._relay(worker, ask, body, key.id, request_id, scope, receive, _explain(send, timing))
+            explained = _explain(send, (b"server-timing", timing), (HEADER, BYPASS))
+            await self._relay(worker, request, body, scope, receive, explained)
+
+    async def _remember(
+        self, question: Question, key: ApiKey, ask: Ask, request_id: bytes, started: float, send: Send
+    ) -> bool:
+        """Replay the answer to the same question, if there is one."""
+        assert self._answers is not None  # noqa: S101 - else there is no question
+        document = await self._answers.find(question)
+        if document is None or (body := render(question, document, request_id)) is None:
+            return False
+        self._metrics.decisions.labels(question.route, "answer").inc()
+        usage, took = document["usage"], time.perf_counter() - started
+        record = Record(
+            id=secrets.token_hex(8), request_id=request_id.decode(), key=key.id, model=ask.model, route=question.route,
+            worker=ANSWER_CACHE, started_at=time.time() - took, stream=question.stream, outcome="ok", status=200,
+            finish_reason=document["choices"][0]["finish_reason"], prompt_tokens=usage["prompt_tokens"],
+            cached_tokens=usage["prompt_tokens"], completion_tokens=usage["completion_tokens"],
+            ttft_s=round(took, 6), duration_s=round(took, 6),
+        )
+        self._meter.begin(record)
+        self._meter.end(record)
+        await replay(question, body, [
+            (b"x-request-id", request_id), (b"server-timing", b'gateway;dur=%.2f;desc="answer"' % (took * 1e3)),
+        ], send)
+        return True
 
     async def _accelerate(
-        self, worker: Worker, request_id: bytes, context: bytes, timing: bytes, send: Send
+        self, worker: Worker, request: "_Request", attempt: int, timing: bytes, send: Send
     ) -> None:
         """Tell nginx where to send the original request."""
         await send({
@@ -136,26 +201,26 @@ class RequestPath:
                 (b"x-accel-redirect", b"@worker"),
                 (b"x-worker", worker.beat.address.encode()),
                 (b"x-worker-token", self._token),
-                (b"x-request-id", request_id),
+                (b"x-request-id", request.id),
                 (b"server-timing", timing),
-                (CONTEXT, context),
+                (CONTEXT, request.context(attempt)),
+                (HEADER, BYPASS),
                 (b"content-length", b"0"),
             ],
         })
         await send({"type": "http.response.body", "body": b""})
 
     async def _relay(
-        self, worker: Worker, ask: Ask, body: bytes, key_id: str, request_id: bytes,
-        scope: Scope, receive: Receive, send: Send,
+        self, worker: Worker, request: "_Request", body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Carry the bytes; on a failure before the first one, choose again."""
+        """Carry the bytes of `body`, the request's own or what we made of it; on an early failure, choose again."""
         tried = attempts.Attempts()
         while True:
             address = worker.beat.address
             forwarded = {**scope, "headers": [
                 *[(n, v) for n, v in scope["headers"] if n not in (b"x-request-id", CONTEXT)],
-                (b"x-request-id", request_id),
-                (CONTEXT, f"{key_id} {len(tried.tried) + 1}".encode()),
+                (b"x-request-id", request.id),
+                (CONTEXT, request.context(len(tried.tried) + 1)),
             ]}
             upstream = Upstream(self._session, address, self._settings.worker_token)
             app = upstream if worker.beat.metered else Metering(upstream, self._meter, worker.beat.id)
@@ -165,12 +230,12 @@ class RequestPath:
             except errors.UpstreamFailed as failure:
                 tried = attempts.Attempts((*tried.tried, address), tried.deaths + failure.ran)
             try:
-                self._refuse_poison(tried, body)
-                worker = self._choose(ask, tried).worker
+                self._refuse_poison(tried, request.body)
+                worker = self._choose(request.ask, request.cache_scope, tried).worker
                 worker.sent += 1
             except errors.ApiError as error:
-                log_refusal(error, request_id, scope["path"])
-                await send_error(error, request_id, send)
+                log_refusal(error, request.id, scope["path"])
+                await send_error(error, request.id, send)
                 return
 
     def _refuse_poison(self, tried: attempts.Attempts, body: bytes) -> None:
@@ -189,7 +254,7 @@ class RequestPath:
                 code="request_held_back", retry_after_s=self._settings.hold_back_s,
             )
 
-    def _choose(self, ask: Ask, tried: attempts.Attempts) -> routing.Route:
+    def _choose(self, ask: Ask, cache_scope: str, tried: attempts.Attempts) -> routing.Route:
         for address in tried.tried[-1:]:
             self._table.suspect(address)
             self._metrics.retries.labels("died" if tried.deaths else "refused").inc()
@@ -202,7 +267,7 @@ class RequestPath:
             if tried.deaths:
                 raise errors.UpstreamError("The worker died while it ran this request, and no other can take it.")
             raise errors.Unavailable("No worker could take the request.", retry_after_s=RETRY_AFTER_S)
-        return routing.choose(fresh, ask.model, ask.prefix)
+        return routing.choose(fresh, ask.model, cache_scope, ask.prefix, self._holders)
 
     def _explain_nobody(self, model: str) -> None:
         served = self._table.models()
@@ -281,10 +346,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-def _explain(send: Send, timing: bytes) -> Send:
+def _explain(send: Send, *headers: tuple[bytes, bytes]) -> Send:
     async def explaining(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], (b"server-timing", timing)]
+            message["headers"] = [*message["headers"], *headers]
         await send(message)
 
     return explaining

@@ -32,6 +32,8 @@ class Model(msgspec.Struct):
     max_model_len: int
     created: int = 0
     parent: str | None = None
+    revision: str = ""
+    """Digest of the model's files and of the settings that shape its answers; empty: unknown."""
 
 
 class Heartbeat(msgspec.Struct):
@@ -147,6 +149,11 @@ class WorkerTable:
             for model in worker.beat.models:
                 found.setdefault(model.id, model)
         return found
+
+    def revision(self, name: str) -> str:
+        """The revision of a model that all its workers agree on; empty when they do not, or do not say."""
+        found = {m.revision for worker in self.workers.values() for m in worker.beat.models if m.id == name}
+        return found.pop() if len(found) == 1 else ""
 
     def states(self) -> dict[str, int]:
         """How many workers are in each state."""

@@ -1,12 +1,13 @@
-"""Which worker takes a request: pure functions over the table.
+"""Which worker takes a request.
 
-Base policy: least requests in flight. On top, a filter: requests that begin alike prefer the same worker, so
-its prefix cache serves them, as long as that worker is not clearly busier than the rest. Preference is
-rendezvous hashing (Thaler & Ravishankar 1998) of a prefix of fixed length, deepest first, so every gateway
-process gives the same answer and nothing has to be remembered.
+Base policy: least requests in flight. On top, a filter: a request prefers a worker that has read its beginning lately,
+whose own prefix cache still holds it, as long as that worker is not clearly busier than the rest. Nobody having read
+it, or all of them being busy, the least loaded one is as good: what any worker has read, redis-cache makes warm
+(docs/kv-cache.md).
 """
 
 import random
+from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
@@ -14,11 +15,13 @@ from typing import NamedTuple
 from gateway.registry import Worker
 
 PREFIX_BYTES = (16384, 4096, 1024)
-"""Prefix lengths tried, deepest first. A prompt shorter than the last has no preferred worker."""
+"""Prefix lengths compared, deepest first. A prompt shorter than the last has no preferred worker."""
 LOAD_RATIO = 1.25
 LOAD_SLACK = 4
 """A preferred worker may have at most LOAD_RATIO times the mean load *and* LOAD_SLACK above the least loaded:
 over both it is passed by (bounded loads, Mirrokni et al. 2016; the second margin keeps small numbers calm)."""
+MAX_PREFIXES = 50_000
+MAX_HOLDERS = 8
 
 
 class Route(NamedTuple):
@@ -28,19 +31,53 @@ class Route(NamedTuple):
     reason: str
 
 
-def choose(workers: Sequence[Worker], model: str, prefix: bytes) -> Route:
-    """Pick one of `workers` (at least one) for a prompt that begins with the bytes `prefix`."""
+class Holders:
+    """Which workers have read which prefixes: the last MAX_PREFIXES, as this gateway process saw them.
+
+    A worker that restarts has a new id, so what its former life held is not expected of it. Another gateway
+    process learns for itself; until then the worker it picks fetches from redis-cache.
+    """
+
+    def __init__(self) -> None:
+        self._holders: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()
+
+    def of(self, prefix: bytes) -> tuple[str, ...]:
+        """Ids of the workers that have read a prefix, given by its digest."""
+        return self._holders.get(prefix, ())
+
+    def note(self, prefix: bytes, worker_id: str) -> None:
+        """A worker is about to read a prefix."""
+        known = self._holders.get(prefix, ())
+        if worker_id not in known:
+            self._holders[prefix] = (*known, worker_id)[-MAX_HOLDERS:]
+        self._holders.move_to_end(prefix)
+        if len(self._holders) > MAX_PREFIXES:
+            self._holders.popitem(last=False)
+
+
+def choose(workers: Sequence[Worker], model: str, scope: str, prompt: bytes, holders: Holders) -> Route:
+    """Pick one of `workers` (at least one) for a prompt, and remember it. `scope`: whose prefix cache it may use."""
     if len(workers) == 1:
         return Route(workers[0], "only")
-    if len(prefix) >= PREFIX_BYTES[-1]:
-        loads = [worker.load for worker in workers]
-        limit = max(LOAD_RATIO * sum(loads) / len(loads), min(loads) + LOAD_SLACK)
-        for length in PREFIX_BYTES:
-            if len(prefix) >= length:
-                preferred = rendezvous(workers, model, prefix[:length])
-                if preferred.load <= limit:
-                    return Route(preferred, f"prefix-{length}")
-    return Route(least_loaded(workers), "least-in-flight")
+    lengths = [length for length in PREFIX_BYTES if len(prompt) >= length]
+    digests = [(length, prefix_digest(model, scope, prompt[:length])) for length in lengths]
+    route = _holder(workers, digests, holders) or Route(least_loaded(workers), "least-in-flight")
+    for _, digest in digests:
+        holders.note(digest, route.worker.beat.id)
+    return route
+
+
+def _holder(workers: Sequence[Worker], digests: Sequence[tuple[int, bytes]], holders: Holders) -> Route | None:
+    if not digests:
+        return None
+    loads = [worker.load for worker in workers]
+    limit = max(LOAD_RATIO * sum(loads) / len(loads), min(loads) + LOAD_SLACK)
+    for length, digest in digests:
+        ids = holders.of(digest)
+        warm = [worker for worker in workers if worker.beat.id in ids and worker.load <= limit] if ids else []
+        if warm:
+            return Route(least_loaded(warm), f"prefix-{length}")
+    return None
 
 
 def least_loaded(workers: Sequence[Worker]) -> Worker:
@@ -50,7 +87,6 @@ def least_loaded(workers: Sequence[Worker]) -> Worker:
     return ties[0] if len(ties) == 1 else random.choice(ties)  # noqa: S311 - balance, not secrecy
 
 
-def rendezvous(workers: Sequence[Worker], model: str, prefix: bytes) -> Worker:
-    """The worker with the highest hash of (model, prefix, worker)."""
-    digest = blake2b(prefix, digest_size=16, key=model.encode()[:64]).digest()
-    return max(workers, key=lambda worker: blake2b(worker.beat.id.encode(), digest_size=8, key=digest).digest())
+def prefix_digest(model: str, scope: str, prefix: bytes) -> bytes:
+    """What names the beginning of a prompt."""
+    return blake2b(prefix, digest_size=16, key=blake2b(f"{scope}\0{model}".encode()).digest()).digest()

@@ -59,17 +59,28 @@ class Settings(StateSettings):
         "nginx", description="nginx: answer with X-Accel-Redirect; none: relay the bytes ourselves"
     )
     worker_token_file: Path
+    cache_secret_file: Path
+    cache_redis_url: str = Field("", pattern=r"^((redis|rediss|unix)://.*)?$", description="redis-cache")
+    cache_scope: Literal["key", "all"] = Field("key", description="who shares cached answers and KV blocks")
+    answer_cache: Literal["on", "off"] = "on"
+    answer_ttl_s: int = Field(3600, ge=1, description="how long an answer that nobody asks for is kept")
+    answer_max_bytes: int = Field(256 * 1024, ge=1024)
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     max_n: int = Field(16, ge=1)
     relay_connect_timeout_s: float = Field(2.0, gt=0)
     relay_read_timeout_s: float = Field(600.0, gt=0)
     hold_back_s: int = Field(60, ge=1, description="how long a request that killed two workers is refused")
 
-    @field_validator("worker_token_file")
+    @field_validator("worker_token_file", "cache_secret_file")
     @classmethod
-    def _token_readable(cls, path: Path) -> Path:
+    def _secrets_readable(cls, path: Path) -> Path:
         read_secret(path)
         return path
+
+    @cached_property
+    def cache_secret(self) -> str:
+        """What keys the cache scopes' salts and the checksums of answers."""
+        return read_secret(self.cache_secret_file)
 
     @cached_property
     def worker_token(self) -> str:

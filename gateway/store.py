@@ -1,4 +1,4 @@
-"""The state redis: how to connect, and every key and channel name in one place.
+"""Both redis servers: how to connect, and every key and channel name in one place.
 
     worker:{id}    string, JSON `Heartbeat`, lives HEARTBEAT_TTL_MS      written by the worker's agent
     workers        set of worker ids that ever registered                 written by the agent, reaped by gateways
@@ -6,13 +6,19 @@
     usage          stream, one entry per finished request, field `r`      written by whoever metered it
     key:{id}       string, JSON `ApiKey`                                  written by `python -m gateway.keys`
     batch:{id}     string with a TTL: a batch of records that is already in    written by whoever metered it
+
+And in redis-cache, where everything has a TTL and may be evicted:
+
+    answer:{digest}         checksum and JSON document                    written by the gateway (`answers.py`)
+    kv:{namespace}:{digest} header and bytes of a KV chunk                written by workers (`services/worker/kv`)
+    kvseen:kv:...           a chunk that was computed but not admitted    written by workers
 """
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from gateway.settings import StateSettings
+from gateway.settings import Settings, StateSettings
 
 HEARTBEAT_TTL_MS = 3000
 WORKERS = "workers"
@@ -57,4 +63,20 @@ def connect(settings: StateSettings, *, timeout_s: float | None = 1.0) -> Redis:
         socket_connect_timeout=1.0,
         retry=Retry(NoBackoff(), 1),
         **tcp,
+    )
+
+
+CACHE_TIMEOUT_S = 0.2
+"""A cache that takes longer is no help."""
+
+
+def connect_cache(settings: Settings) -> Redis:
+    """A client of redis-cache, for the gateway's answers."""
+    return Redis.from_url(
+        settings.cache_redis_url,
+        username=settings.redis_user,
+        password=settings.redis_password,
+        socket_timeout=CACHE_TIMEOUT_S,
+        socket_connect_timeout=CACHE_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 1),
     )

@@ -73,7 +73,8 @@ class Stack:
         return os.environ | {
             "REDIS_URL": self.dials.redis_url, "REDIS_PASSWORD_FILE": str(secrets / "redis_password"),
             "WORKER_TOKEN_FILE": str(secrets / "worker_token"), "PYTHONPATH": str(ROOT), "EDGE": self.edge,
-            "HOLD_BACK_S": "5",
+            "HOLD_BACK_S": "5", "CACHE_REDIS_URL": self.dials.cache_redis_url,
+            "CACHE_SECRET_FILE": str(self.dials.secrets / "gateway/cache_secret"),
         }
 
     def spawn(self, name: str, command: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:

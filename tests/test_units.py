@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gateway import attempts, keys, routing
 from gateway.decode import decode
 from gateway.errors import ApiError, InvalidRequest
-from gateway.metering import Metering, _ask_for_usage
+from gateway.metering import Metering, rewrite
 from gateway.records import Record
 from gateway.registry import Heartbeat, Model, Worker, WorkerTable
 from gateway.settings import Settings, read_secret
@@ -211,7 +211,7 @@ class TestMetering:
         b'{"model":"m","stream":true,"stream_options":{"include_usage":false,"z":[1e999]}}',
     ])
     def test_usage_is_asked_for_whatever_else_the_body_holds(self, body: bytes) -> None:
-        changed = _ask_for_usage(body)
+        changed = rewrite(body, usage=True)
         assert changed.count(b'"include_usage":true') == 1
         assert b"null" not in changed
         rest = body.split(b'"x":')[-1] if b'"x"' in body else b""
@@ -242,7 +242,7 @@ class TestMetering:
             document["stream_options"] = options
         else:
             document.pop("stream_options", None)
-        changed = json.loads(_ask_for_usage(json.dumps(document).encode()))
+        changed = json.loads(rewrite(json.dumps(document).encode(), usage=True))
         assert changed.pop("stream_options")["include_usage"] is True
         document.pop("stream_options", None)
         assert changed == document

@@ -209,6 +209,7 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
     found.append(Program("gateway", [python, "-m", "gateway", "--port", str(ports.gateway)], shared | {
         "REDIS_PASSWORD_FILE": str(dials.secrets / "gateway/redis_password"),
         "WORKER_TOKEN_FILE": str(dials.secrets / "gateway/worker_token"),
+        "CACHE_SECRET_FILE": str(dials.secrets / "gateway/cache_secret"),
     }, priority=30))
     found.append(Program("nginx", [find_nginx(), "-p", str(run_dir), "-e", "stderr", "-c", str(run_dir / "nginx.conf")],
                          priority=40))

@@ -14,6 +14,8 @@ import secrets
 import signal
 import sys
 import time
+from hashlib import blake2b
+from typing import Any
 
 import httpx
 import msgspec
@@ -25,7 +27,7 @@ from redis.exceptions import RedisError
 from gateway import logs
 from gateway.registry import Heartbeat, Model, State
 from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, connect, worker_key
-from services.worker import engine, shm
+from services.worker import engine, identity, shm
 from services.worker.middleware import LOAD_PATH, WORKER_ID
 from services.worker.settings import WorkerSettings
 
@@ -88,6 +90,7 @@ class Agent:
             with contextlib.suppress(RedisError, OSError):
                 await self._publish("gone")
             await self._stop_engine()
+            shm.sweep()
             # Only now: a gateway settles as lost whatever a worker without this key left running.
             with contextlib.suppress(RedisError, OSError):
                 await self._redis.delete(worker_key(self._beat.id))
@@ -112,10 +115,21 @@ class Agent:
         self._beat.models = [
             Model(
                 id=entry["id"], max_model_len=entry.get("max_model_len") or 0, created=entry.get("created", 0),
-                parent=entry.get("parent"),
+                parent=entry.get("parent"), revision=await asyncio.to_thread(self._revision, entry),
             )
             for entry in listing["data"]
         ]
+
+    def _revision(self, entry: dict[str, Any]) -> str:
+        """What an answer of this model depends on: its files, and how the engine was told to run them."""
+        try:
+            digest = identity.model_digest(self._settings.model)
+        except OSError as error:
+            logger.warning("the model's files cannot be read; its answers are not cached", error=str(error))
+            return ""
+        if entry.get("parent"):
+            digest += identity.adapter_digest(entry.get("root") or "").hex()
+        return blake2b(f"{digest} {engine.shaping(self._settings)}".encode(), digest_size=16).hexdigest()
 
     async def _announce(self) -> None:
         """Heartbeats until told to stop."""

@@ -59,6 +59,11 @@ def command(settings: WorkerSettings) -> list[str]:
     return args + settings.extra_args
 
 
+def shaping(settings: WorkerSettings) -> str:
+    """The settings on which an answer's text may depend."""
+    return f"{settings.quantization} {settings.max_model_len} {settings.tool_call_parser} {settings.engine_args}"
+
+
 def kv_tier(settings: WorkerSettings) -> list[str]:
     """The flags that put redis-cache behind the engine's KV blocks (services/worker/kv). No secret is among them."""
     extra: dict[str, object] = {

@@ -9,6 +9,7 @@ from blake3 import blake3
 IGNORED = frozenset({".cache", ".git", "README.md", ".gitattributes", "LICENSE"})
 
 
+@functools.cache
 def model_digest(model: str, revision: str | None = None) -> str:
     """Digest of a checkpoint folder's files, or of a hub model's snapshot. Raises OSError when it is not here."""
     folder = Path(model)

@@ -33,7 +33,7 @@ class WorkerMiddleware:
         self._recorder = Recorder(connect(settings))
         served = frozenset({settings.served_name})
         self._meter = Meter(self._recorder, RequestMetrics(REGISTRY), lambda: served)
-        self._metered = Metering(app, self._meter, os.environ[WORKER_ID])
+        self._metered = Metering(app, self._meter, os.environ[WORKER_ID], salts=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -65,12 +65,12 @@ class RedisOffloadingConnector(OffloadingConnector):
         Then the step that follows has the same shape after either kind of hit, and so the same text.
         """
         whole = (request.num_tokens - 1) // self._chunk_tokens * self._chunk_tokens
-        bound = super()._max_loadable_tokens(request, num_computed_tokens)
-        mine = max(0, whole - num_computed_tokens)
+        bound: int | None = super()._max_loadable_tokens(request, num_computed_tokens)
+        mine: int = max(0, whole - num_computed_tokens)
         return mine if bound is None else min(bound, mine)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        matched = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        matched: tuple[int | None, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if matched[0] is None and self._tier is not None and self._tier.settle(SETTLE_S):
             matched = super().get_num_new_matched_tokens(request, num_computed_tokens)
         return matched

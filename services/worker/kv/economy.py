@@ -68,35 +68,3 @@ class Economy:
         """Whether to fetch."""
         fetch_s, compute_s = self.fetch_s(size_bytes), self.compute_s(tokens)
         return fetch_s is None or compute_s is None or fetch_s < compute_s
-
-
-class Breaker:
-    """Keeps everybody off a server that does not answer: closed for 1 s, then twice as long each time, up to 30 s."""
-
-    FIRST_S = 1.0
-    LONGEST_S = 30.0
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._pause_s = 0.0
-        self._until = float("-inf")
-
-    @property
-    def open(self) -> bool:
-        """True: do not try."""
-        return self._clock() < self._until
-
-    def failed(self) -> bool:
-        """Note a failure. True when it is the first since things went well."""
-        first = self._pause_s == 0.0
-        if not self.open:
-            self._pause_s = min(self.LONGEST_S, self._pause_s * 2 or self.FIRST_S)
-            self._until = self._clock() + self._pause_s
-        return first
-
-    def worked(self) -> bool:
-        """Note a success. True when it is the first since a failure."""
-        back = self._pause_s > 0.0 and not self.open
-        if back:
-            self._pause_s = 0.0
-        return back

@@ -14,7 +14,8 @@ class RedisTieringSpec(TieringOffloadingSpec):
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if not current_platform.is_cpu():
             return super().get_worker(kv_caches)
-        if self._worker is None:
+        worker: OffloadingWorker | None = getattr(self, "_worker", None)
+        if worker is None:
             region = SharedOffloadRegion(
                 engine_id=self.config.engine_id,
                 num_chunks=self.num_chunks,
@@ -22,5 +23,5 @@ class RedisTieringSpec(TieringOffloadingSpec):
                 kv_bytes_per_chunk=self.kv_bytes_per_chunk,
                 cpu_page_size=self.cpu_page_size_per_worker,
             )
-            self._worker = CpuPlatformWorker(kv_caches, self.blocks_per_chunk, region)
-        return self._worker
+            worker = self._worker = CpuPlatformWorker(kv_caches, self.blocks_per_chunk, region)
+        return worker

@@ -37,16 +37,17 @@ from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from gateway.breaker import Breaker
 from services.worker.kv import metrics
 from services.worker.kv.block import HEADER, SEEN_PREFIX, Sealer
-from services.worker.kv.economy import Breaker, Economy
+from services.worker.kv.economy import Economy
 from services.worker.kv.wire import TooSlow, Wire
 from services.worker.settings import WorkerSettings
 
 LOAD_THREADS = 2
 STRIPE_CHUNKS = 4
 STRIPE_BYTES = 32 * 1024 * 1024
-BACKLOG_SHARE = 0.25
+BACKLOG_SHARE = 0.5
 """Stores waiting hold slots of the host tier; they may hold this share of it."""
 CROWDED = 0.8
 """From this fill of redis-cache on, a block is admitted only when somebody computes it a second time."""
@@ -162,7 +163,7 @@ class RedisTier(SecondaryTierManager):
         return found
 
     def settle(self, timeout_s: float) -> bool:
-        """Give lookups that were just posted a moment; True when all of them were answered: asking again saves an engine step."""
+        """Give lookups that were just posted a moment. True when all were answered: asking again saves a step."""
         self._lookups.flush()
         if not self._lookups.waiting:
             return False

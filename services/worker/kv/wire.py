@@ -8,7 +8,7 @@ Protocol: https://redis.io/docs/latest/develop/reference/protocol-spec/
 import socket
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -38,9 +38,10 @@ class Wire:
             url, username=username, password=password, protocol=2, retry=Retry(NoBackoff(), 0),
             socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=SILENCE_TIMEOUT_S, lib_name=None, lib_version=None,
         )
-        self._connection = client.connection_pool.make_connection()
+        pool: Any = client.connection_pool  # the connection's socket is not among its typed attributes
+        self._connection = pool.make_connection()
         self._connection.connect()
-        self._socket: socket.socket = self._connection._sock
+        self._socket: socket.socket = self._connection._sock  # tests/test_kv.py notices when redis-py renames it
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._start = self._end = 0
         self._deadline = 0.0

@@ -1,0 +1,251 @@
+"""Answers that were given before: exact matches, kept in redis-cache.
+
+A request may be answered from memory when its answer is determined (temperature 0, or a seed), or when its client says
+`X-OwnGPT-Cache: use`; never with `Cache-Control: no-store`. Two requests are the same question when the whole body is
+equal but for `IGNORED`, the model and adapter are the same files, and the cache scope is the same. An answer that does
+not verify is no answer; redis-cache away means a miss.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from hmac import compare_digest
+
+import msgspec
+from loguru import logger
+from prometheus_client import Counter
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from gateway import transcript
+from gateway.breaker import Breaker
+from gateway.decode import Ask
+from gateway.metering import Message, Send, only_usage
+from gateway.transcript import Document
+
+IGNORED = frozenset({"stream", "stream_options", "user", "metadata"})
+"""Fields that say nothing about the answer. Any other field, known or not, makes another question."""
+ROUTES = frozenset({"chat", "completions"})
+HEADER = b"x-owngpt-cache"
+HIT, MISS, BYPASS = b"hit", b"miss", b"bypass"
+PREFIX = "answer:"
+DIGEST_BYTES = 32
+
+_decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked (`name`), and in which shape the answer is wanted."""
+
+    name: str
+    route: str
+    stream: bool
+    usage: bool
+
+
+def ask_question(
+    route: str, ask: Ask, body: bytes, headers: list[tuple[bytes, bytes]], scope: str,
+    revision_of: Callable[[str], str],
+) -> Question | None:
+    """The question in a request; None when it must not be answered from memory.
+
+    `scope`: whose answers these are; `revision_of`: the digest of a model's files, empty when nobody knows it.
+    """
+    if route not in ROUTES:
+        return None
+    wanted = ask.temperature == 0 or ask.seed is not None
+    for name, value in headers:
+        if name == HEADER and value == b"use":
+            wanted = True
+        elif name == b"cache-control" and b"no-store" in value:
+            return None
+    if not wanted or not (revision := revision_of(ask.model)):
+        return None
+    fields = _decode_raw(body)
+    options = fields.get("stream_options")
+    if options is not None and bytes(options) != b"null" and set(_decode_raw(options)) - {"include_usage"}:
+        return None
+    digest = blake2b(digest_size=32, person=b"owngpt answer v1")
+    for part in (route, scope, revision):
+        _feed(digest.update, part.encode())
+    for field in sorted(fields.keys() - IGNORED):
+        _feed(digest.update, field.encode())
+        _feed(digest.update, msgspec.json.format(bytes(fields[field]), indent=-1))
+    usage = bool(ask.stream_options and ask.stream_options.include_usage)
+    return Question(PREFIX + digest.hexdigest(), route, bool(ask.stream), usage)
+
+
+def _feed(update: Callable[[bytes], None], part: bytes) -> None:
+    update(len(part).to_bytes(8, "little"))
+    update(part)
+
+
+class Answers:
+    """The answers of one deployment. `secret` keys their checksums."""
+
+    def __init__(self, redis: Redis, secret: str, ttl_s: int, max_bytes: int, counter: Counter) -> None:
+        self._redis = redis
+        self._secret = blake2b(secret.encode(), digest_size=32, person=b"owngpt answer v1").digest()
+        self._ttl_s = ttl_s
+        self.max_bytes = max_bytes
+        self.count = counter
+        self._breaker = Breaker()
+        self._flights: dict[str, asyncio.Future[Document | None]] = {}
+        self._writing: set[asyncio.Task[None]] = set()
+
+    async def find(self, question: Question) -> Document | None:
+        """The answer given before in this scope, or to a request that is being answered right now.
+
+        None: the caller is to answer, inside `flight`, entered without awaiting anything before.
+        """
+        result, document = "hit", None
+        if question.name not in self._flights:
+            document = await self._read(question.name)
+        flight = self._flights.get(question.name)  # it may have begun meanwhile
+        if document is None and flight is not None:
+            result, document = "joined", await asyncio.shield(flight)
+        self.count.labels(result if document else "miss").inc()
+        return document
+
+    @contextlib.contextmanager
+    def flight(self, question: Question, collected: "Collecting") -> Iterator[None]:
+        """While the one answer to a question is made, whoever asks the same waits for it."""
+        future: asyncio.Future[Document | None] | None = None
+        if question.name not in self._flights:
+            future = self._flights[question.name] = asyncio.get_running_loop().create_future()
+        document: Document | None = None
+        try:
+            yield
+            document = collected.document()
+        finally:
+            if future is not None:
+                del self._flights[question.name]
+                future.set_result(document)
+            if document is not None:
+                self._keep(question.name, document)
+
+    def _keep(self, name: str, document: Document) -> None:
+        body = msgspec.json.encode(document)
+        if len(body) > self.max_bytes:
+            self.count.labels("too_large").inc()
+            return
+        task = asyncio.create_task(self._write(name, body))
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+
+    async def _read(self, name: str) -> Document | None:
+        if self._breaker.open:
+            return None
+        try:
+            value = await self._redis.getex(name, ex=self._ttl_s)
+        except (RedisError, OSError) as error:
+            self._away(error)
+            return None
+        if self._breaker.worked():
+            logger.info("redis-cache is back")
+        if not isinstance(value, bytes):
+            return None
+        digest, body = value[:DIGEST_BYTES], value[DIGEST_BYTES:]
+        if not compare_digest(digest, self._digest(name, body)):
+            self.count.labels("damaged").inc()
+            return None
+        document: Document = msgspec.json.decode(body)
+        return document
+
+    async def _write(self, name: str, body: bytes) -> None:
+        if self._breaker.open:
+            return
+        try:
+            await self._redis.set(name, self._digest(name, body) + body, ex=self._ttl_s)
+            self.count.labels("stored").inc()
+        except (RedisError, OSError) as error:
+            self._away(error)
+
+    def _away(self, error: Exception) -> None:
+        if self._breaker.failed():
+            logger.warning("redis-cache is away; answers are computed", error=str(error) or type(error).__name__)
+
+    def _digest(self, name: str, body: bytes) -> bytes:
+        return blake2b(name.encode() + b"\0" + body, digest_size=DIGEST_BYTES, key=self._secret).digest()
+
+    async def close(self) -> None:
+        """Finish what is being written."""
+        await asyncio.gather(*self._writing, return_exceptions=True)
+        await self._redis.aclose()
+
+
+class Collecting:
+    """A `send` that keeps a copy of a good answer while it passes, and hides usage that only we asked for."""
+
+    def __init__(self, question: Question, send: Send, max_bytes: int) -> None:
+        self._question = question
+        self._send = send
+        self._left = 4 * max_bytes  # events are wordier than the document they amount to
+        self._parts: list[bytes] = []
+        self._good = self._stream = self._ended = False
+        self._tail = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            self._stream = kind.startswith(b"text/event-stream")
+            self._good = message["status"] == 200 and self._stream == self._question.stream
+            message["headers"] = [*message["headers"], (HEADER, MISS)]
+            await self._send(message)
+            return
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        if self._good:
+            self._parts.append(chunk)
+            self._left -= len(chunk)
+            self._good = self._left >= 0
+        self._ended = not more
+        if self._stream and not self._question.usage:
+            chunk = self._without_usage(chunk, more)
+            if more and not chunk:
+                return
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
+
+    def _without_usage(self, chunk: bytes, more: bool) -> bytes:
+        chunk, self._tail = self._tail + chunk, b""
+        if more and not chunk.endswith(b"\n\n"):
+            cut = chunk.rfind(b"\n\n") + 2
+            chunk, self._tail = (chunk[:cut], chunk[cut:]) if cut > 1 else (b"", chunk)
+        if b'"choices":[]' not in chunk:
+            return chunk
+        return b"\n\n".join(event for event in chunk.split(b"\n\n") if not only_usage(event))
+
+    def document(self) -> Document | None:
+        """The whole answer; None when it is not one to keep."""
+        if not (self._good and self._ended):
+            return None
+        body = b"".join(self._parts)
+        if self._stream:
+            return transcript.from_events(self._question.route, body)
+        with contextlib.suppress(msgspec.MsgspecError):
+            document: Document = msgspec.json.decode(body, type=dict)
+            if transcript.complete(document):
+                return document
+        return None
+
+
+def render(question: Question, document: Document, request_id: bytes) -> bytes | None:
+    """The answer's bytes in the shape asked for, under the request's own id; None when that cannot be said."""
+    kind = "chatcmpl" if question.route == "chat" else "cmpl"
+    document = {**document, "id": f"{kind}-{request_id.decode()}"}
+    if question.stream:
+        return transcript.to_events(question.route, document, usage=question.usage)
+    return msgspec.json.encode(document)
+
+
+async def replay(question: Question, body: bytes, headers: list[tuple[bytes, bytes]], send: Send) -> None:
+    """Send an answer from memory."""
+    kind = b"text/event-stream; charset=utf-8" if question.stream else b"application/json"
+    await send({"type": "http.response.start", "status": 200, "headers": [
+        (b"content-type", kind), (b"content-length", str(len(body)).encode()), (HEADER, HIT), *headers,
+    ]})
+    await send({"type": "http.response.body", "body": body})
+
+
