@@ -21,6 +21,13 @@ DONE = b"data: [DONE]\n\n"
 
 def from_events(route: str, stream: bytes) -> Document | None:
     """The document that a whole stream of events amounts to; None when it broke or says what is not known here."""
+    try:
+        return _from_events(route, stream)
+    except (msgspec.MsgspecError, LookupError, TypeError, AttributeError):  # no shape that is known here
+        return None
+
+
+def _from_events(route: str, stream: bytes) -> Document | None:
     events = stream.split(b"\n\n")
     if events[-2:] != [b"data: [DONE]", b""]:
         return None
@@ -30,10 +37,7 @@ def from_events(route: str, stream: bytes) -> Document | None:
     for event in events[:-2]:
         if not event.startswith(b"data: "):
             return None
-        try:
-            chunk: Document = msgspec.json.decode(event[6:], type=dict[str, Any])
-        except msgspec.MsgspecError:
-            return None
+        chunk: Document = msgspec.json.decode(event[6:], type=dict[str, Any])
         if not _known(chunk, _TOP):
             return None
         head = head or chunk
@@ -53,6 +57,13 @@ def from_events(route: str, stream: bytes) -> Document | None:
 
 def to_events(route: str, document: Document, *, usage: bool) -> bytes | None:
     """The stream that says what a document says; None when a document holds what a stream cannot say."""
+    try:
+        return _to_events(route, document, usage)
+    except (LookupError, TypeError, AttributeError):
+        return None
+
+
+def _to_events(route: str, document: Document, usage: bool) -> bytes | None:
     if not _known(document, _TOP):
         return None
     head = {key: document[key] for key in ("id", "created", "model")}
@@ -69,8 +80,8 @@ def to_events(route: str, document: Document, *, usage: bool) -> bytes | None:
             if "tool_calls" in delta:
                 delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
             parts += [
-                {"index": index, "delta": {"role": said["role"], "content": ""}, "logprobs": None,
-                 "finish_reason": None},
+                {"index": index, "delta": {"role": said["role"], "content": said.get("content") and ""},
+                 "logprobs": None, "finish_reason": None},
                 {"index": index, "delta": delta, "logprobs": choice.get("logprobs"), "finish_reason": None},
                 {"index": index, "delta": {}, "logprobs": None, **end},
             ]

@@ -2,7 +2,7 @@
 
 The agent's heartbeat and the metering middleware are the real ones. Scripts, in the last message's content or
 the prompt:  `say N` N chunks · `slow S` waits S seconds first · `status N` · `die` · `die after N` chunks ·
-`error after N` chunks as vLLM does it · `accel` tries to steer nginx · `echo headers`.
+`error after N` chunks as vLLM does it · `accel` tries to steer nginx · `echo headers` · `echo body`.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ cancelled: list[str] = []
 
 def chunk(text: str, **more: object) -> bytes:
     """One SSE event as vLLM writes it."""
-    document = {"id": "c", "object": "chat.completion.chunk", "model": MODEL,
+    document = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": MODEL,
                 "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}], **more}
     return b"data: " + json.dumps(document, separators=(",", ":")).encode() + b"\n\n"
 
@@ -82,11 +82,11 @@ async def act(words: list[str], body: dict, scope: Scope, send: Send) -> None:
         return
     elif verb == "echo":
         names = {n.decode(): v.decode() for n, v in scope["headers"]}
-        await answer(send, 200, json.dumps(names).encode())
+        await answer(send, 200, json.dumps(body if words[1:] == ["body"] else names).encode())
         return
     elif verb == "die" and len(words) == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    count = int(words[-1]) if words[-1].isdigit() else 3
+    count = next((int(word) for word in words if word.isdigit()), 3)
     usage = {"prompt_tokens": 7, "completion_tokens": count, "total_tokens": 7 + count,
              "prompt_tokens_details": {"cached_tokens": 4}}
     if not body.get("stream") or scope["path"] == "/v1/embeddings":
@@ -103,9 +103,12 @@ async def act(words: list[str], body: dict, scope: Scope, send: Send) -> None:
     if verb == "error":
         await send({"type": "http.response.body", "more_body": True,
                     "body": b'data: {"error":{"message":"Traceback secret/path.py","type":"X","code":500}}\n\n'})
-    elif (body.get("stream_options") or {}).get("include_usage"):
+    else:
+        end = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
+        await send({"type": "http.response.body", "more_body": True, "body": chunk("", choices=[end])})
+    if verb != "error" and (body.get("stream_options") or {}).get("include_usage"):
         await send({"type": "http.response.body", "more_body": True, "body": b"data: " + json.dumps(
-            {"id": "c", "choices": [], "usage": usage}, separators=(",", ":")).encode() + b"\n\n"})
+            {"id": "c", "created": 1, "model": MODEL, "choices": [], "usage": usage}, separators=(",", ":")).encode() + b"\n\n"})
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -119,9 +122,10 @@ async def beat(settings: WorkerSettings, metered: bool, middleware: WorkerMiddle
     """Heartbeats, as the agent sends them."""
     redis = connect(settings)
     worker_id = os.environ[WORKER_ID]
+    revision = sys.argv[sys.argv.index("--revision") + 1] if "--revision" in sys.argv else "r1"
     while True:
         raw = msgspec.json.encode(Heartbeat(
-            id=worker_id, address=settings.address, state="ready", models=[Model(MODEL, 8192, int(time.time()))],
+            id=worker_id, address=settings.address, state="ready", models=[Model(MODEL, 8192, int(time.time()), revision=revision)],
             in_flight=middleware._meter.in_flight, slots=8, metered=metered,
         )).decode()
         with contextlib.suppress(RedisError, OSError):

@@ -43,6 +43,12 @@ def free_ports(count: int, start: int = 21000) -> list[int]:
     raise AssertionError("no free ports")
 
 
+def cache_command(sock: Path, secrets: Path, maxmemory: str = "1gb") -> list[str]:
+    """redis-cache as the launchers start it."""
+    return [find_redis(), str(ROOT / "services/redis/cache.conf"), "--port", "0", "--unixsocket", str(sock),
+            "--dir", str(sock.parent), "--aclfile", str(secrets / "redis/cache.acl"), "--maxmemory", maxmemory]
+
+
 class Stack:
     """redis, gateway and nginx as processes; workers are added by tests."""
 
@@ -59,6 +65,7 @@ class Stack:
         make_secrets(self.dials.secrets)
         write_configs(self.dials, Ports(self.gateway_port, 0, tuple(self.worker_ports)))
         self.start_redis()
+        self.start_cache()
         self.gateway_args = ["--port", str(self.gateway_port), "--processes", str(processes)]
         self.start_gateway()
         if edge == "nginx":
@@ -88,6 +95,10 @@ class Stack:
                              "--aclfile", str(self.dials.secrets / "redis/users.acl")])
         wait_for(lambda: (self.dials.run_dir / "redis.sock").exists(), "a redis socket")
 
+    def start_cache(self) -> None:
+        self.spawn("redis-cache", cache_command(self.dials.run_dir / "redis-cache.sock", self.dials.secrets))
+        wait_for(lambda: (self.dials.run_dir / "redis-cache.sock").exists(), "a redis-cache socket")
+
     def start_gateway(self) -> None:
         self.spawn("gateway", [sys.executable, "-m", "gateway", *self.gateway_args], self.env("gateway"))
 
@@ -96,8 +107,13 @@ class Stack:
         password = (self.dials.secrets / user / "redis_password").read_text().strip()
         return Redis.from_url(self.dials.redis_url, username=user, password=password, decode_responses=True)
 
-    def add_key(self, name: str) -> tuple[str, ApiKey]:
-        key, record = make(name)
+    def cache(self) -> Redis:
+        """A client of redis-cache that may do what the gateway may."""
+        password = (self.dials.secrets / "gateway/redis_password").read_text().strip()
+        return Redis.from_url(self.dials.cache_redis_url, username="gateway", password=password)
+
+    def add_key(self, name: str, scope: str = "") -> tuple[str, ApiKey]:
+        key, record = make(name, scope)
         self.redis().set(api_key_key(record.id), msgspec.json.encode(record))
         return key, record
 

@@ -28,38 +28,73 @@ def worker(name: str, load: int = 0, state: str = "ready", models: tuple[str, ..
     return Worker(beat, 0.0)
 
 
+def choose(workers: list[Worker], prompt: bytes, holders: routing.Holders, scope: str = "s") -> routing.Route:
+    return routing.choose(workers, "m", scope, prompt, holders)
+
+
 class TestRouting:
     def test_least_in_flight(self) -> None:
-        assert routing.choose([worker("a", 3), worker("b", 1)], "m", b"").worker.beat.id == "b"
+        assert choose([worker("a", 3), worker("b", 1)], b"", routing.Holders()).worker.beat.id == "b"
 
     @given(st.binary(min_size=1024, max_size=6000))
-    def test_equal_prefixes_meet_in_every_process(self, prefix: bytes) -> None:
-        workers = [worker(name) for name in "abcd"]
-        first = routing.choose(workers, "m", prefix).worker.beat.id
-        assert routing.choose(workers[::-1], "m", prefix).worker.beat.id == first
+    def test_a_prefix_goes_where_it_was_read(self, prompt: bytes) -> None:
+        workers, holders = [worker(name) for name in "abcd"], routing.Holders()
+        first = choose(workers, prompt, holders).worker.beat.id
+        assert {choose(workers[::-1], prompt, holders).worker.beat.id for _ in range(5)} == {first}
+
+    def test_what_nobody_has_read_goes_to_the_least_loaded(self) -> None:
+        workers = [worker("a", 1), worker("b", 0), worker("c", 2)]
+        for number in range(50):
+            assert choose(workers, b"%04d" % number * 300, routing.Holders()).worker.beat.id == "b"
+
+    def test_the_deepest_shared_prefix_decides(self) -> None:
+        workers, holders = [worker("a"), worker("b", 2)], routing.Holders()
+        system = b"s" * 1024
+        assert choose(workers, system + b"x" * 4000, holders) == (workers[0], "least-in-flight")
+        workers[0].sent = 9
+        assert choose(workers, system + b"y" * 4000, holders) == (workers[1], "least-in-flight")
+        workers[0].sent = 0
+        assert choose(workers, system + b"y" * 4000, holders) == (workers[1], "prefix-4096")
+        assert choose(workers, system + b"z" * 4000, holders) == (workers[0], "prefix-1024")
+
+    def test_scopes_do_not_share_a_prefix_cache_so_they_do_not_meet_for_it(self) -> None:
+        workers, holders = [worker("a"), worker("b")], routing.Holders()
+        first = choose(workers, b"x" * 2000, holders).worker
+        first.sent = 1
+        assert choose(workers, b"x" * 2000, holders).worker is first
+        assert choose(workers, b"x" * 2000, holders, "another").worker is not first
+
+    def test_a_restarted_worker_is_not_expected_to_hold_anything(self) -> None:
+        holders = routing.Holders()
+        choose([worker("a-1"), worker("b-1", 5)], b"x" * 2000, holders)
+        assert choose([worker("a-2", 1), worker("b-1", 0)], b"x" * 2000, holders).reason == "least-in-flight"
 
     def test_a_hot_prefix_cannot_own_a_worker(self) -> None:
-        workers = [worker(name) for name in "abcd"]
+        workers, holders = [worker(name) for name in "abcd"], routing.Holders()
         for _ in range(400):
-            routing.choose(workers, "m", b"x" * 5000).worker.sent += 1
+            choose(workers, b"x" * 5000, holders).worker.sent += 1
         loads = sorted(w.load for w in workers)
         assert loads[-1] <= 1.5 * 100
         assert loads[0] > 50
 
-    @given(st.lists(st.integers(0, 500), min_size=2, max_size=8), st.binary(min_size=1024, max_size=1100))
-    def test_bounded_load(self, loads: list[int], prefix: bytes) -> None:
-        workers = [worker(f"w{i}", load) for i, load in enumerate(loads)]
-        chosen = routing.choose(workers, "m", prefix).worker.load
-        assert chosen <= max(routing.LOAD_RATIO * sum(loads) / len(loads), min(loads) + routing.LOAD_SLACK)
+    @given(st.lists(st.integers(0, 500), min_size=2, max_size=8), st.lists(st.integers(0, 3), min_size=1, max_size=9))
+    def test_bounded_load(self, loads: list[int], prompts: list[int]) -> None:
+        workers, holders = [worker(f"w{i}", load) for i, load in enumerate(loads)], routing.Holders()
+        for prompt in prompts:
+            now = [w.load for w in workers]
+            chosen = choose(workers, b"%d" % prompt * 1100, holders).worker
+            assert chosen.load <= max(routing.LOAD_RATIO * sum(now) / len(now), min(now) + routing.LOAD_SLACK)
+            chosen.sent += 1
 
-    def test_losing_a_worker_moves_only_its_prefixes(self) -> None:
-        workers = [worker(name) for name in "abcd"]
-        prefixes = [bytes([i % 256, i // 256]) * 600 for i in range(300)]
-        before = {p: routing.rendezvous(workers, "m", p).beat.id for p in prefixes}
-        after = {p: routing.rendezvous(workers[1:], "m", p).beat.id for p in prefixes}
-        assert all(after[p] == before[p] for p in prefixes if before[p] != "a")
-        counts = [list(before.values()).count(name) for name in "abcd"]
-        assert min(counts) > 40
+    def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(routing, "MAX_PREFIXES", 10)
+        holders = routing.Holders()
+        for number in range(100):
+            for name in range(20):
+                holders.note(b"%d" % number, str(name))
+        assert len(holders._holders) == 10
+        assert holders.of(b"99") == tuple(str(i) for i in range(12, 20))
+        assert holders.of(b"5") == ()
 
 
 class TestTable:

@@ -107,11 +107,10 @@ class RedisTier(SecondaryTierManager):
         tier_type: str,
         namespace: str,
         backpressure_detector: BackpressureDetector | None = None,
-        settings: WorkerSettings | None = None,
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.locality = Locality.REMOTE
-        self._settings = settings or WorkerSettings()  # from the environment
+        self._settings = WorkerSettings()  # filled from the environment
         self._slots = primary_kv_view.cast("B")
         self._chunk_bytes = self.block_size_bytes
         config = offloading_spec.config
