@@ -247,5 +247,3 @@ async def replay(question: Question, body: bytes, headers: list[tuple[bytes, byt
         (b"content-type", kind), (b"content-length", str(len(body)).encode()), (HEADER, HIT), *headers,
     ]})
     await send({"type": "http.response.body", "body": body})
-
-

@@ -380,14 +380,14 @@ class TestWire:
         wire = cache.wire()
         cache.process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
-        with pytest.raises(OSError, match="timed out|without enough bytes"):
+        with pytest.raises(OSError, match="without enough bytes"):
             wire.load([(b"kv:a", memoryview(bytearray(10_000_000)))], 64, 60)
         assert time.monotonic() - began < 1.2
 
     def test_the_worker_user_may_do_nothing_else(self, cache: Cache) -> None:
         client = cache.client("worker")
         for command in (["get", "kv:a"], ["set", "answer:a", "x"], ["strlen", "answer:a"], ["flushall"], ["keys", "*"], ["config", "get", "*"]):
-            with pytest.raises(Exception, match="(?i)permission"):
+            with pytest.raises(Exception, match=r"(?i)permission"):
                 client.execute_command(*command)
 
 
@@ -641,5 +641,3 @@ class TestContract:
 
         assert list(inspect.signature(_get_attn_isa).parameters) == ["dtype", "block_size", "head_size", "kv_cache_dtype"]
         assert _get_attn_isa(torch.bfloat16, 128, 64, "auto") != _get_attn_isa(torch.bfloat16, 16, 80, "auto")
-
-
