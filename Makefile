@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key test check bench base-images clean
+.PHONY: help up env key test check bench bench-kv base-images clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -37,6 +37,9 @@ check: .venv/.test-ready
 
 bench: .venv/.test-ready
 	@$(PY) -m bench $(BENCH)
+
+bench-kv: .venv/.test-ready
+	@$(PY) -m bench kv $(BENCH)
 
 base-images:
 	@services/base/make.sh

@@ -52,19 +52,6 @@ CLIENT = ["taskset", "-c", "1"]
 Figures = dict[str, float]
 
 
-def figures(only: set[str]) -> Iterator[Figures]:
-    """Run the groups named (none: all) and yield their figures."""
-    groups: dict[str, Callable[[], Figures]] = {
-        "metering": metering, "streams": streams, "rps": rps, "ttfb": ttfb, "tokens": tokens, "kill9": kill9,
-    }
-    if unknown := only - set(groups):
-        raise SystemExit(f"bench: no such group: {', '.join(sorted(unknown))}; there are: {', '.join(groups)}")
-    for name, measure in groups.items():
-        if not only or name in only:
-            print(f"== {name}", flush=True)
-            yield measure()
-
-
 # --- what runs ------------------------------------------------------------------------------------
 
 def cpu_s(pids: list[int]) -> float:
@@ -311,15 +298,15 @@ def ttfb() -> Figures:
 
 
 @contextlib.contextmanager
-def real_stack(workers: int) -> Iterator[Up]:
-    """`make up` with real vLLM."""
+def real_stack(workers: int, **dials: str) -> Iterator[Up]:
+    """`make up` with real vLLM; `dials` are its environment variables."""
     with workshop() as folder:
         state = folder / "state"
         state.mkdir()
         if (ROOT / ".state/models").exists():
             (state / "models").symlink_to(ROOT / ".state/models")
         print(f"starting {workers} real worker(s)", flush=True)
-        up = Up(state, workers)
+        up = Up(state, workers, **dials)
         try:
             yield up
         finally:
@@ -334,7 +321,8 @@ def tokens() -> Figures:
             async def one(number: int) -> int:
                 stream = await client.completions.create(
                     model=MODEL, prompt=f"{salt} {number} Once upon a time", max_tokens=64, temperature=0, stream=True,
-                    stream_options={"include_usage": True}, extra_body={"ignore_eos": True})
+                    stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+                    extra_headers={"cache-control": "no-store"})  # the fast path: answers to keep go through the relay
                 return sum([part.usage.completion_tokens async for part in stream if part.usage])
 
             began = time.perf_counter()
@@ -371,3 +359,7 @@ def kill9() -> Figures:
     print(f"{len(outcomes)} requests, {outcomes.count(False)} failed", flush=True)
     return {"kill9_failed": float(outcomes.count(False)), "kill9_requests": float(len(outcomes))}
 
+
+GROUPS: dict[str, Callable[[], Figures]] = {
+    "metering": metering, "streams": streams, "rps": rps, "ttfb": ttfb, "tokens": tokens, "kill9": kill9,
+}

@@ -186,7 +186,8 @@ class RequestPath:
         self._meter.begin(record)
         self._meter.end(record)
         await replay(question, body, [
-            (b"x-request-id", request_id), (b"server-timing", b'gateway;dur=%.2f;desc="answer"' % (took * 1e3)),
+            (b"x-request-id", request_id), (b"x-owngpt-worker", ANSWER_CACHE.encode()),
+            (b"server-timing", b'gateway;dur=%.2f;desc="answer"' % (took * 1e3)),
         ], send)
         return True
 

@@ -92,8 +92,10 @@ def containers() -> Iterator[openai.OpenAI]:
 
 
 def ask(sdk: openai.OpenAI) -> str:
+    """Which worker answers."""
     answer = sdk.chat.completions.with_raw_response.create(
-        model=MODEL, messages=[{"role": "user", "content": "Say hi"}], max_tokens=4, temperature=0)
+        model=MODEL, messages=[{"role": "user", "content": "Say hi"}], max_tokens=4, temperature=0,
+        extra_headers={"cache-control": "no-store"})
     assert answer.parse().choices[0].message.content
     return answer.headers["x-owngpt-worker"]
 
@@ -141,6 +143,23 @@ def test_unknown_hosts_are_dropped_where_names_are_configured(containers: openai
         assert curl("evil.example") in (52, 56), "curl: empty reply, or reset by the server"
     finally:
         docker("rm", "-f", name)
+
+
+@needs_engine
+def test_nothing_is_computed_twice(containers: openai.OpenAI) -> None:
+    """Answers and KV blocks reach redis-cache, with the rights that the containers have."""
+    question = [{"role": "user", "content": "What is a whale? " * 60}]
+    said = [containers.chat.completions.with_raw_response.create(
+        model=MODEL, messages=question, max_tokens=4, temperature=0) for _ in range(2)]
+    assert [answer.headers["x-owngpt-cache"] for answer in said] == ["miss", "hit"]
+    assert said[0].parse().choices == said[1].parse().choices
+    read = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8000/metrics').read().decode())"
+
+    def stored() -> bool:
+        text = docker("compose", "exec", "-T", "worker", "python", "-c", read)
+        return any("owngpt_kv_blocks_total" in line and 'result="stored"' in line for line in text.splitlines())
+
+    wait_for(stored, "blocks stored", 20)
 
 
 @needs_engine

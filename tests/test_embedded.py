@@ -6,6 +6,7 @@ One `up` with two workers for the module; the tests that break things come last 
 import concurrent.futures
 import contextlib
 import os
+import random
 import re
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import httpx
 import openai
 import pytest
 
+from bench import kv
 from services.local.plan import ROOT
 from tests.harness import free_ports, wait_for
 from tests.up import MODEL, Up, launch
@@ -145,6 +147,51 @@ def test_records_carry_vllms_own_counts(up: Up) -> None:
     assert f'"prompt_tokens":{usage.prompt_tokens}' in newest
     assert f'"completion_tokens":{usage.completion_tokens}' in newest
     assert "sea" not in newest
+
+
+def test_what_one_worker_has_read_the_other_loads(up: Up) -> None:
+    """Real vLLM twice: chunked prefill on A, all whole blocks from redis on B, the text of a local prefix hit on A."""
+    a, b = kv.workers_of(up)
+    prompt = kv.random_prompt(1500, random.Random(time.time_ns()))
+    a.text(prompt)
+    wait_for(lambda: a.metric("owngpt_kv_blocks_total", result="stored") >= 11, "11 blocks stored", 20)
+    local = a.text(prompt)
+    before = b.metric("vllm:external_prefix_cache_hits_total")
+    assert b.text(prompt) == local
+    assert b.metric("vllm:external_prefix_cache_hits_total") - before == 11 * 128
+    assert b.metric("owngpt_kv_blocks_total", result="loaded") >= 11
+    assert b.metric("owngpt_kv_bytes_total", direction="loaded") >= 11 * 128 * kv.RAW_BYTES_PER_TOKEN
+
+
+def test_another_salt_shares_no_block(up: Up) -> None:
+    a, b = kv.workers_of(up)
+    prompt = kv.random_prompt(400, random.Random(time.time_ns()))
+    stored = a.metric("owngpt_kv_blocks_total", result="stored")
+    a.http.post("/v1/completions", json=kv.question(prompt, cache_salt="one")).raise_for_status()
+    wait_for(lambda: a.metric("owngpt_kv_blocks_total", result="stored") >= stored + 3, "3 blocks stored", 20)
+    for salt, hits in (("two", 0), ("one", 3 * 128)):
+        before = b.metric("vllm:external_prefix_cache_hits_total")
+        b.http.post("/v1/completions", json=kv.question(prompt, cache_salt=salt)).raise_for_status()
+        assert b.metric("vllm:external_prefix_cache_hits_total") - before == hits
+
+
+def test_answers_from_memory_through_the_sdk(up: Up) -> None:
+    """A stream fills the cache; document and stream say the same, by the SDK's own types."""
+    options = {"extra_headers": {}, "logprobs": True, "top_logprobs": 2, "max_tokens": 12}
+    text = "Name three rivers. " + str(time.time_ns())
+    first = "".join(p.choices[0].delta.content or "" for p in up.ask(text, stream=True, **options) if p.choices)
+    whole = up.ask(text, **options)
+    assert whole.choices[0].message.content == first
+    assert len(whole.choices[0].logprobs.content) == whole.usage.completion_tokens == 12
+    raw = up.sdk.chat.completions.with_raw_response.create(
+        model=MODEL, messages=[{"role": "user", "content": text}], temperature=0, logprobs=True, top_logprobs=2, max_tokens=12)
+    assert raw.headers["x-owngpt-cache"] == "hit"
+    assert raw.headers["x-owngpt-worker"] == "answer-cache"
+    completion = {"model": MODEL, "prompt": text, "temperature": 0, "max_tokens": 6}
+    said = [up.sdk.completions.create(**completion).choices[0].text,
+            up.sdk.completions.create(**completion).choices[0].text,
+            "".join(p.choices[0].text for p in up.sdk.completions.create(**completion, stream=True) if p.choices)]
+    assert len(set(said)) == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -340,6 +340,35 @@ class TestEngineCommand:
         assert parsed.served_model_name == [wanted.served_name]
         assert parsed.enforce_eager is (wanted.accelerator == "cpu")
 
+    @pytest.mark.parametrize(("fields", "chunk"), [
+        ({}, None), ({"accelerator": "cuda", "model": "mistralai/Mistral-7B-Instruct-v0.3", "kv_host_gib": 16}, 240),
+    ])
+    def test_vllms_own_parser_accepts_the_kv_tier(self, tmp_path: Path, fields: dict, chunk: int | None) -> None:
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+        secret = tmp_path / "secret"
+        wanted = self.settings(tmp_path, kv_tier="redis", cache_redis_url="redis://c", kv_secret_file=secret, **fields)
+        command = engine.command(wanted)
+        assert wanted.kv_secret not in " ".join(command)
+        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])
+        transfer = parsed.kv_transfer_config
+        assert parsed.prefix_caching_hash_algo == "sha256_cbor"
+        assert parsed.max_num_batched_tokens == (None if chunk else 512)
+        assert KVConnectorFactory.get_connector_class(transfer).__name__ == "RedisOffloadingConnector"
+        assert transfer.kv_load_failure_policy == "recompute"
+        extra = transfer.kv_connector_extra_config
+        assert extra.get("block_size") == chunk
+        assert extra["cpu_bytes_to_use"] == int(wanted.kv_host_gib * 2**30)
+        module = __import__(extra["spec_module_path"], fromlist=["x"])
+        assert issubclass(getattr(module, extra["spec_name"]), TieringOffloadingSpec)
+
+    def test_the_kv_tier_needs_its_redis_and_secret(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="CACHE_REDIS_URL and KV_SECRET_FILE"):
+            self.settings(tmp_path, kv_tier="redis")
+
     def test_environment(self, tmp_path: Path) -> None:
         env = engine.environment(self.settings(tmp_path, model=str(tmp_path)))
         assert env["HF_HUB_OFFLINE"] == env["VLLM_NO_USAGE_STATS"] == "1"

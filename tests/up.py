@@ -27,11 +27,11 @@ def launch(state: Path, port: int, **dials: str) -> subprocess.Popen[str]:
 class Up:
     """A running `make up`."""
 
-    def __init__(self, state: Path, workers: int) -> None:
+    def __init__(self, state: Path, workers: int, **dials: str) -> None:
         self.state, self.port = state, free_ports(1, 30000)[0]
         self.log = state.parent / f"up-{self.port}.log"
         started = time.monotonic()
-        self.launcher = launch(state, self.port, WORKERS=str(workers))
+        self.launcher = launch(state, self.port, WORKERS=str(workers), **dials)
         wait_for(lambda: "OwnGPT is up" in self.screen() or self.launcher.poll() is not None, "up", START_S)
         assert self.launcher.poll() is None, self.screen()
         self.took_s = time.monotonic() - started
@@ -68,9 +68,10 @@ class Up:
         return found
 
     def ask(self, text: str, **options: object) -> object:
+        """A short greedy chat, answered by a worker and not from memory."""
         return self.sdk.chat.completions.create(
             model=MODEL, messages=[{"role": "user", "content": text}],
-            **{"max_tokens": 16, "temperature": 0, **options},
+            **{"max_tokens": 16, "temperature": 0, "extra_headers": {"cache-control": "no-store"}, **options},
         )
 
     def records(self) -> list[str]:

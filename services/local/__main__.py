@@ -77,6 +77,8 @@ def check_room(dials: Dials) -> None:
         available = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
     weights = sum(file.stat().st_size for file in Path(dials.model).glob("*.safetensors"))
     kv_bytes = int(os.environ.get("KV_CACHE_GIB") or 1) << 30
+    if (os.environ.get("KV_TIER") or "redis") == "redis":
+        kv_bytes += int(float(os.environ.get("KV_HOST_GIB") or 0.5) * 2**30)
     needed = dials.workers * (WORKER_NEEDS_BYTES + kv_bytes + weights)
     if available < needed:
         raise UserError(

@@ -1,0 +1,340 @@
+"""The figures of the caches: KV blocks in redis between two real workers, and answers from memory.
+
+Requests whose worker matters go to that worker directly; everything else through nginx. What is compared takes turns
+within one run, and medians count. Prompts are random tokens, so nothing is shared by chance.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import httpx
+from redis import Redis
+from redis.exceptions import RedisError
+
+from bench.stack import ANSWER, CLIENT, STATIC_MOCK, WRK, Figures, cpu_s, nginx, real_stack, stack_with_mock, workshop
+from services.local.plan import Dials
+from tests.harness import free_ports, wait_for
+from tests.up import MODEL, Up
+
+BOUNDS = {
+    "ttft_remote_vs_recompute": "<= 0.125",
+    "ttft_remote_vs_local": "<= 1.5 aimed at",
+    "ttft_restart_vs_recompute": "<= 0.125",
+    "texts_differ": "0",
+    "throughput_on_vs_off": ">= 0.95",
+    "cache_loss_failed": "0",
+    "cache_loss_wrong": "0",
+    "bytes_vs_raw": "<= 1.02",
+    "answer_hit_vs_real": "<= 0.02",
+    "uncacheable_cpu_on_vs_off": "<= 1.05",
+}
+RAW_BYTES_PER_TOKEN = 2 * 30 * 3 * 64 * 2
+"""K and V, layers, KV heads, head size, bytes of bfloat16: SmolLM2-135M."""
+BLOCK_TOKENS = 128
+ROUNDS = 10
+SETTLE_S = 1.5
+"""After a prompt was read, before anybody fetches it: its last blocks are on their way, and the kernel tidies up."""
+
+
+class Worker:
+    """One worker of a stack, asked directly."""
+
+    def __init__(self, up: Up, port: int) -> None:
+        token = (up.state / "secrets/gateway/worker_token").read_text().strip()
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120,
+                                 headers={"authorization": f"Bearer {token}"})
+
+    def ttft_s(self, prompt: list[int]) -> float:
+        """Seconds to the first byte of a one-token answer."""
+        began, first = time.perf_counter(), 0.0
+        with self.http.stream("POST", "/v1/completions", json=question(prompt, max_tokens=1, stream=True)) as response:
+            for _ in response.iter_raw():
+                first = first or time.perf_counter() - began
+        assert response.status_code == 200
+        return first
+
+    def text(self, prompt: list[int]) -> str:
+        """A greedy answer."""
+        answer = self.http.post("/v1/completions", json=question(prompt))
+        return str(answer.raise_for_status().json()["choices"][0]["text"])
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels."""
+        found = re.findall(rf"^{re.escape(name)}\{{([^}}]*)\}} (\S+)$", self.http.get("/metrics").text, re.M)
+        return sum(float(value) for text, value in found if all(f'{k}="{v}"' in text for k, v in labels.items()))
+
+
+def question(prompt: list[int], **more: object) -> dict[str, object]:
+    """A greedy completion of token ids."""
+    return {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 16, "ignore_eos": True, **more}
+
+
+def random_prompt(tokens: int, rng: random.Random) -> list[int]:
+    """Tokens nobody has read."""
+    return [rng.randrange(1000, 40000) for _ in range(tokens)]
+
+
+def workers_of(up: Up) -> list[Worker]:
+    """Its workers, by port."""
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    found = re.findall(rf"api_server --model {re.escape(str(up.state))}.*?--port (\d+)", listing)
+    return [Worker(up, port) for port in sorted({int(port) for port in found})]
+
+
+def sharing() -> Figures:
+    """TTFT by where the blocks are, texts, a restart, and the loss of redis-cache: one stack of two workers."""
+    rng = random.Random(time.time_ns())
+    with real_stack(2, CACHE_MAXMEMORY="4gb") as up:
+        found, prompts, recompute_a = ttft(up, rng)
+        found |= restart(up, prompts, recompute_a)
+        return found | texts_and_loss(up, rng)
+
+
+def ttft(up: Up, rng: random.Random) -> tuple[Figures, list[list[int]], list[float]]:
+    """Recompute on B, read on A, fetch on B, hit on B's own cache: in turns, for three lengths."""
+    a, b = workers_of(up)
+    found: Figures = {}
+    kept: list[list[int]] = []
+    recompute_a: list[float] = []
+    for tokens, rounds in ((800, 3), (1600, 3), (3200, ROUNDS)):
+        seconds: dict[str, list[float]] = {"recompute": [], "remote": [], "local": []}
+        for _ in range(rounds):
+            prompt = random_prompt(tokens, rng)
+            seconds["recompute"].append(b.ttft_s(random_prompt(tokens, rng)))
+            read = a.ttft_s(prompt)
+            time.sleep(SETTLE_S)
+            loaded = b.metric("owngpt_kv_blocks_total", result="loaded")
+            seconds["remote"].append(b.ttft_s(prompt))
+            seconds["local"].append(b.ttft_s(prompt))
+            fetched = b.metric("owngpt_kv_blocks_total", result="loaded") - loaded
+            print(f"{tokens} tokens  recompute {seconds['recompute'][-1]:.3f} s  remote {seconds['remote'][-1]:.3f} "
+                  f"({fetched:.0f} blocks)  local {seconds['local'][-1]:.3f}", flush=True)
+            assert fetched == (tokens - 1) // BLOCK_TOKENS, "the prompt did not come from redis"
+            if tokens == 3200:
+                kept.append(prompt)
+                recompute_a.append(read)
+        for name, values in seconds.items():
+            found[f"ttft_{name}_{tokens}_s"] = statistics.median(values)
+    remote = found["ttft_remote_3200_s"]
+    stored = sum(w.metric("owngpt_kv_blocks_total", result="stored") for w in (a, b))
+    stored_bytes = sum(w.metric("owngpt_kv_bytes_total", direction="stored") for w in (a, b))
+    return found | {
+        "ttft_remote_vs_recompute": remote / found["ttft_recompute_3200_s"],
+        "ttft_remote_vs_local": remote / found["ttft_local_3200_s"],
+        "bytes_vs_raw": stored_bytes / (stored * BLOCK_TOKENS * RAW_BYTES_PER_TOKEN),
+    }, kept, recompute_a
+
+
+def texts_and_loss(up: Up, rng: random.Random) -> Figures:
+    """200 prompts of mixed lengths at once: A has computed all their blocks, B computes none.
+
+    Ten texts of 3,200 tokens, read by A, each cut at 20 places. Then the same prompts through nginx while redis-cache
+    is killed, frozen and filled with garbage.
+    """
+    a, b = workers_of(up)
+    documents = [random_prompt(3200, rng) for _ in range(10)]
+    for number, document in enumerate(documents, 1):
+        a.ttft_s(document)
+        print(f"A has read {number} of {len(documents)} texts", flush=True)
+    time.sleep(SETTLE_S)
+    prompts = [document[: rng.randrange(800, 3201)] for document in documents for _ in range(20)]
+    rng.shuffle(prompts)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        local = [pool.submit(a.text, prompt) for prompt in prompts]
+        remote = [pool.submit(b.text, prompt) for prompt in prompts]
+        pairs = [(one.result(), other.result()) for one, other in zip(local, remote, strict=True)]
+    again = [a.text(prompt) for prompt in prompts[:40]]
+    expected = [one for one, _ in pairs]
+    found = {
+        "texts_compared": float(len(pairs)),
+        "texts_differ": float(sum(one != other for one, other in pairs)),
+        "texts_differ_locally": float(sum(x != y for x, y in zip(again, expected, strict=False))),
+        "texts_blocks_loaded": b.metric("owngpt_kv_blocks_total", result="loaded"),
+    }
+    print(found, flush=True)
+    return found | cache_loss(up, prompts, expected)
+
+
+def cache_loss(up: Up, prompts: list[list[int]], expected: list[str]) -> Figures:
+    """Failed requests and wrong texts while redis-cache comes and goes under load."""
+    stop = threading.Event()
+    counts = {"asked": 0, "failed": 0, "wrong": 0}
+    lock = threading.Lock()
+
+    def client(number: int) -> None:
+        rng = random.Random(number)
+        with httpx.Client(base_url=up.base, headers={"authorization": f"Bearer {up.key}"}, timeout=120) as http:
+            while not stop.is_set():
+                at = rng.randrange(len(prompts))
+                fresh = rng.random() < 0.3
+                prompt = random_prompt(300, rng) if fresh else prompts[at]
+                failed = wrong = False
+                try:
+                    answer = http.post("/v1/completions", json=question(prompt, top_p=rng.choice((1.0, 0.9))))
+                    failed = answer.status_code != 200
+                    wrong = not failed and not fresh and answer.json()["choices"][0]["text"] != expected[at]
+                except httpx.HTTPError:
+                    failed = True
+                with lock:
+                    counts["asked"] += 1
+                    counts["failed"] += failed
+                    counts["wrong"] += wrong
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(6)]
+    for thread in clients:
+        thread.start()
+    try:
+        acl = up.state / "secrets/redis/cache.acl"
+        acl.write_text(acl.read_text() + "user admin on nopass ~* &* +@all\n")  # gone with the next start
+        for fault in ("kill", "freeze", "garbage", "kill", "flush"):
+            time.sleep(5)
+            print(f"redis-cache: {fault}", flush=True)
+            inflict(up, fault)
+        time.sleep(10)
+    finally:
+        stop.set()
+        for thread in clients:
+            thread.join()
+    print(counts, flush=True)
+    return {f"cache_loss_{name}": float(value) for name, value in counts.items()}
+
+
+def inflict(up: Up, fault: str) -> None:
+    """One fault of redis-cache; whoever supervises it brings it back."""
+    sock = Dials(state=up.state, model="", model_name="").cache_redis_url
+    pid = int(subprocess.run(["pgrep", "-f", f"redis-server.*{sock[7:-5]}|redis-server unixsocket:{sock[7:-5]}"],
+                             capture_output=True, text=True, check=True).stdout.split()[0])
+    if fault == "kill":
+        os.kill(pid, signal.SIGKILL)
+    elif fault == "freeze":
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(4)
+        os.kill(pid, signal.SIGCONT)
+    else:
+        admin = Redis.from_url(sock, username="admin", password="x")
+        wait_for(lambda: admin.ping(), "redis-cache back")
+        if fault == "flush":
+            admin.flushall()
+            return
+        names = list(admin.scan_iter(match="*", count=1000))
+        for name in names:
+            with contextlib.suppress(RedisError):
+                admin.set(name, os.urandom(min(admin.strlen(name), 4096)) * (admin.strlen(name) // 4096 + 1), keepttl=True)
+        print(f"{len(names)} values overwritten", flush=True)
+
+
+def restart(up: Up, prompts: list[list[int]], recompute_s: list[float]) -> Figures:
+    """TTFT on A, restarted, of prompts that its former life has read."""
+    a = workers_of(up)[0]
+    port = a.http.base_url.port
+    agent = subprocess.run(["pgrep", "-f", f"api_server --model {up.state}.*--port {port}"],
+                           capture_output=True, text=True, check=True).stdout.split()[0]
+    fields = Path(f"/proc/{agent}/stat").read_text().rsplit(")", 1)[1].split()
+    os.kill(int(fields[1]), signal.SIGTERM)
+    wait_for(lambda: up.ready() == 1, "worker A gone", 40)
+    print("waiting for worker A to come back", flush=True)
+    wait_for(lambda: up.ready() == 2, "worker A back", 200)
+    seconds = []
+    for prompt in prompts:
+        time.sleep(SETTLE_S)
+        before = a.metric("owngpt_kv_blocks_total", result="loaded")
+        seconds.append(a.ttft_s(prompt))
+        fetched = a.metric("owngpt_kv_blocks_total", result="loaded") - before
+        print(f"restarted A: {seconds[-1]:.3f} s ({fetched:.0f} blocks)", flush=True)
+        assert fetched == (len(prompt) - 1) // BLOCK_TOKENS, "the prompt did not come from redis"
+    return {
+        "ttft_restart_3200_s": statistics.median(seconds),
+        "ttft_restart_vs_recompute": statistics.median(seconds) / statistics.median(recompute_s),
+    }
+
+
+def throughput() -> Figures:
+    """Tokens per second at 16 concurrent without shared prefixes: two stacks of one worker, in turns."""
+    rng = random.Random(time.time_ns())
+    speed: dict[str, list[float]] = {"redis": [], "off": []}
+    with contextlib.ExitStack() as stacked:
+        ups = {tier: stacked.enter_context(real_stack(1, KV_TIER=tier)) for tier in speed}
+        workers = {tier: workers_of(up)[0] for tier, up in ups.items()}
+        for turn in range(ROUNDS + 1):
+            for tier in sorted(speed, reverse=bool(turn % 2)):
+                prompts = [random_prompt(300, rng) for _ in range(32)]
+                began = time.perf_counter()
+                with concurrent.futures.ThreadPoolExecutor(16) as pool:
+                    for answer in pool.map(lambda p, w=workers[tier]: w.http.post(
+                            "/v1/completions", json=question(p, max_tokens=64)), prompts):
+                        answer.raise_for_status()
+                rate = 32 * 64 / (time.perf_counter() - began)
+                if turn:  # the first turn warms up
+                    speed[tier].append(rate)
+                    print(f"tier {tier:5s} {rate:6.1f} tokens/s", flush=True)
+    ratios = [on / off for on, off in zip(speed["redis"], speed["off"], strict=True)]
+    return {
+        "throughput_on_vs_off": statistics.median(ratios),
+        "throughput_on_tokens_s": statistics.median(speed["redis"]),
+        "throughput_off_tokens_s": statistics.median(speed["off"]),
+    }
+
+
+def answers() -> Figures:
+    """An answer from memory against the real one of 64 tokens, through nginx."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Tell me about the sea."}],
+            "temperature": 0, "max_tokens": 64, "ignore_eos": True}
+    seconds: dict[str, list[float]] = {"hit": [], "bypass": []}
+    with real_stack(1) as up, httpx.Client(
+        base_url=up.base, headers={"authorization": f"Bearer {up.key}"}, timeout=120
+    ) as http:
+        http.post("/v1/chat/completions", json=body).raise_for_status()
+        time.sleep(0.5)
+        for _ in range(2 * ROUNDS):
+            for wanted, headers in (("hit", {}), ("bypass", {"cache-control": "no-store"})):
+                began = time.perf_counter()
+                answer = http.post("/v1/chat/completions", json=body, headers=headers)
+                seconds[wanted].append(time.perf_counter() - began)
+                assert answer.headers["x-owngpt-cache"] == wanted
+    hit, real = (statistics.median(seconds[name]) for name in ("hit", "bypass"))
+    print(f"hit {hit * 1e3:.2f} ms, real {real * 1e3:.0f} ms", flush=True)
+    return {"answer_hit_vs_real": hit / real, "answer_hit_ms": hit * 1e3, "answer_real_ms": real * 1e3}
+
+
+def uncacheable() -> Figures:
+    """CPU of nginx and gateway for a request that may not be answered from memory, answer cache on and off."""
+    cost: dict[str, list[float]] = {"on": [], "off": []}
+    before = os.environ.get("ANSWER_CACHE")
+    with workshop() as folder, contextlib.ExitStack() as stacked:
+        mock = free_ports(1, 34000)[0]
+        stacked.enter_context(nginx("mock", STATIC_MOCK, folder, CLIENT, port=mock, answer=ANSWER))
+        stacks = {}
+        for state in cost:
+            (folder / state).mkdir()
+            os.environ["ANSWER_CACHE"] = state
+            stacks[state] = stacked.enter_context(stack_with_mock(folder / state, mock))
+        os.environ.pop("ANSWER_CACHE")
+        if before is not None:
+            os.environ["ANSWER_CACHE"] = before
+        for turn in range(ROUNDS):
+            for state in sorted(cost, reverse=bool(turn % 2)):
+                ours = stacks[state]
+                script = folder / f"{state}.lua"
+                script.write_text(WRK.replace("KEY", ours.key))
+                pids = [ours.running[name].pid for name in ("nginx", "gateway")]
+                used = cpu_s(pids)
+                out = subprocess.run([*CLIENT, "wrk", "-t1", "-c50", "-d3s", "-s", str(script),
+                                      ours.base + "/v1/chat/completions"], capture_output=True, text=True, check=True).stdout
+                assert "Non-2xx" not in out, out
+                requests = int(re.search(r"(\d+) requests in", out)[1])  # type: ignore[index]
+                cost[state].append((cpu_s(pids) - used) / requests * 1e6)
+                print(f"answer cache {state:3s} {cost[state][-1]:.1f} us of CPU a request", flush=True)
+    ratios = [on / off for on, off in zip(cost["on"], cost["off"], strict=True)]
+    return {"uncacheable_cpu_on_vs_off": statistics.median(ratios), "uncacheable_cpu_on_us": statistics.median(cost["on"])}
+
+
+GROUPS = {"sharing": sharing, "throughput": throughput, "answers": answers, "uncacheable": uncacheable}
