@@ -1,6 +1,6 @@
 # make up     the stack as local processes, in the foreground     make test    everything that can be tested here
 # make env    exports for the openai SDK                          make check   linters and types
-# make key    one more API key: make key NAME=alice               make bench   the figures of docs/log.md
+# make key    one more API key: make key NAME=alice               make bench   the figures of docs/log.md (bench-kv: of the caches)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
@@ -39,7 +39,7 @@ bench: .venv/.test-ready
 	@$(PY) -m bench $(BENCH)
 
 bench-kv: .venv/.test-ready
-	@$(PY) -m bench kv $(BENCH)
+	@$(PY) -m bench kv $(BENCH) && $(PY) -m bench.plot
 
 base-images:
 	@services/base/make.sh

@@ -382,7 +382,7 @@ class TestWire:
         began = time.monotonic()
         with pytest.raises(OSError, match="without enough bytes"):
             wire.load([(b"kv:a", memoryview(bytearray(10_000_000)))], 64, 60)
-        assert time.monotonic() - began < 1.2
+        assert time.monotonic() - began < 2.0
 
     def test_the_worker_user_may_do_nothing_else(self, cache: Cache) -> None:
         client = cache.client("worker")
@@ -459,7 +459,7 @@ class TestTier:
         cache.process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         assert b.load(keys(3), list(range(6))) == 0
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 2.5
         b.store(keys(2, b"frozen"), [0, 1, 2, 3])
         cache.process.send_signal(signal.SIGCONT)
         wait_for(lambda: not b.tier._breaker.open, "tried again")

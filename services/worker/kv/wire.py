@@ -19,10 +19,10 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 CONNECT_TIMEOUT_S = 0.2
-SILENCE_TIMEOUT_S = 0.5
+SILENCE_TIMEOUT_S = 1.0
 """No byte for this long: the server is frozen or gone."""
-SLOWEST_BYTES_PER_S = 30e6
-"""A transfer below this rate for longer than SILENCE_TIMEOUT_S is given up: computing is faster."""
+SLOWEST_BYTES_PER_S = 10e6
+"""A transfer below this rate for longer than SILENCE_TIMEOUT_S is given up: computing is as fast even on a CPU."""
 BUFFER_BYTES = 64 * 1024
 TIMEVAL = struct.Struct("ll")
 
