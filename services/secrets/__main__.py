@@ -27,7 +27,7 @@ resetchannels &workers -@all +ping +hello +multi +exec +discard +set +del +sadd 
 user, but keeps its rights: redis 7.0 replays the AOF as `default`, and without them it drops every transaction and
 script at the next start."""
 CACHE_ACL = """\
-user default off
+user default off resetpass resetkeys resetchannels -@all
 user health on nopass resetkeys resetchannels -@all +ping
 user gateway on #{gateway} resetkeys ~answer:* resetchannels -@all +ping +hello +get +getex +set +del
 user worker on #{worker} resetkeys ~kv:* ~kvseen:* resetchannels -@all +ping +hello +strlen +getex +set +expire +info
