@@ -91,12 +91,11 @@ def workers_of(up: Up) -> list[Worker]:
 
 
 def sharing() -> Figures:
-    """TTFT by where the blocks are, texts, a restart, and the loss of redis-cache: one stack of two workers."""
+    """TTFT by where the blocks are, before and after a restart: one stack of two workers."""
     rng = random.Random(time.time_ns())
     with real_stack(2, CACHE_MAXMEMORY="4gb") as up:
         found, prompts, recompute_a = ttft(up, rng)
-        found |= restart(up, prompts, recompute_a)
-        return found | texts_and_loss(up, rng)
+        return found | restart(up, prompts, recompute_a)
 
 
 def ttft(up: Up, rng: random.Random) -> tuple[Figures, list[list[int]], list[float]]:
@@ -125,85 +124,105 @@ def ttft(up: Up, rng: random.Random) -> tuple[Figures, list[list[int]], list[flo
         for name, values in seconds.items():
             found[f"ttft_{name}_{tokens}_s"] = statistics.median(values)
     remote = found["ttft_remote_3200_s"]
-    stored = sum(w.metric("owngpt_kv_blocks_total", result="stored") for w in (a, b))
-    stored_bytes = sum(w.metric("owngpt_kv_bytes_total", direction="stored") for w in (a, b))
     return found | {
         "ttft_remote_vs_recompute": remote / found["ttft_recompute_3200_s"],
         "ttft_remote_vs_local": remote / found["ttft_local_3200_s"],
-        "bytes_vs_raw": stored_bytes / (stored * BLOCK_TOKENS * RAW_BYTES_PER_TOKEN),
     }, kept, recompute_a
 
 
-def texts_and_loss(up: Up, rng: random.Random) -> Figures:
-    """200 prompts of mixed lengths at once: A has computed all their blocks, B computes none.
+def texts() -> Figures:
+    """200 prompts of mixed lengths whose blocks A has computed and B has not: eight texts, each cut at 25 places.
 
-    Ten texts of 3,200 tokens, read by A, each cut at 20 places. Then the same prompts through nginx while redis-cache
-    is killed, frozen and filled with garbage.
+    vLLM on a CPU is not batch invariant: which requests share a step can change a greedy text. So they are asked twice:
+    16 at a time on both workers, with A asked a second time to know how many texts differ without any redis; and one at
+    a time on each worker, where every difference counts. Lengths are 512 k + r with r up to a block: then a hit and a
+    recomputation end in steps of the same shape (--max-num-batched-tokens 512), and must say the same.
     """
-    a, b = workers_of(up)
-    documents = [random_prompt(3200, rng) for _ in range(10)]
-    for number, document in enumerate(documents, 1):
-        a.ttft_s(document)
-        print(f"A has read {number} of {len(documents)} texts", flush=True)
-    time.sleep(SETTLE_S)
-    prompts = [document[: rng.randrange(800, 3201)] for document in documents for _ in range(20)]
-    rng.shuffle(prompts)
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        local = [pool.submit(a.text, prompt) for prompt in prompts]
-        remote = [pool.submit(b.text, prompt) for prompt in prompts]
-        pairs = [(one.result(), other.result()) for one, other in zip(local, remote, strict=True)]
-    again = [a.text(prompt) for prompt in prompts[:40]]
-    expected = [one for one, _ in pairs]
-    found = {
-        "texts_compared": float(len(pairs)),
-        "texts_differ": float(sum(one != other for one, other in pairs)),
-        "texts_differ_locally": float(sum(x != y for x, y in zip(again, expected, strict=False))),
-        "texts_blocks_loaded": b.metric("owngpt_kv_blocks_total", result="loaded"),
-    }
-    print(found, flush=True)
-    return found | cache_loss(up, prompts, expected)
+    rng = random.Random(time.time_ns())
+    with real_stack(2, CACHE_MAXMEMORY="4gb", VLLM_SERVER_DEV_MODE="1") as up:  # /reset_prefix_cache
+        a, b = workers_of(up)
+        documents = [random_prompt(3200, rng) for _ in range(8)]
+        for number, document in enumerate(documents, 1):
+            a.ttft_s(document)
+            print(f"A has read {number} of {len(documents)} texts", flush=True)
+        time.sleep(SETTLE_S)
+        prompts = [document[: 512 * steps + rng.randrange(1, BLOCK_TOKENS + 1)]
+                   for document in documents for steps in (2, 3, 4, 5, 6) for _ in range(5)]
+        rng.shuffle(prompts)
+        here, there = at_once({a: 16, b: 16}, prompts)
+        loaded = b.metric("owngpt_kv_blocks_total", result="loaded")
+        stored = sum(w.metric("owngpt_kv_blocks_total", result="stored") for w in (a, b))
+        stored_bytes = sum(w.metric("owngpt_kv_bytes_total", direction="stored") for w in (a, b))
+        again, = at_once({a: 16}, prompts)
+        alone_here, alone_there = at_once({a: 1, b: 1}, prompts)
+        found = {
+            "texts_compared": float(len(prompts)),
+            "texts_differ": differing(alone_here, alone_there),
+            "texts_differ_16_at_once": differing(here, there),
+            "texts_differ_16_at_once_locally": differing(here, again),
+            "texts_blocks_loaded": loaded,
+            "bytes_vs_raw": stored_bytes / (stored * BLOCK_TOKENS * RAW_BYTES_PER_TOKEN),
+        }
+        print(found, flush=True)
+        return found | cache_loss(up, prompts, alone_here)
+
+
+def at_once(load: dict[Worker, int], prompts: list[list[int]]) -> list[list[str]]:
+    """The texts of each worker, each asked so many at a time, all workers at once."""
+    with contextlib.ExitStack() as stacked:
+        pools = [(w, stacked.enter_context(concurrent.futures.ThreadPoolExecutor(n))) for w, n in load.items()]
+        futures = [[pool.submit(worker.text, prompt) for prompt in prompts] for worker, pool in pools]
+        return [[future.result() for future in each] for each in futures]
+
+
+def differing(ones: list[str], others: list[str]) -> float:
+    """How many texts differ."""
+    return float(sum(one != other for one, other in zip(ones, others, strict=True)))
 
 
 def cache_loss(up: Up, prompts: list[list[int]], expected: list[str]) -> Figures:
-    """Failed requests and wrong texts while redis-cache comes and goes under load."""
+    """Failed requests and wrong texts while redis-cache comes and goes, one request at a time on each worker.
+
+    After each fault the workers forget what they hold themselves, so that redis is asked.
+    """
     stop = threading.Event()
     counts = {"asked": 0, "failed": 0, "wrong": 0}
     lock = threading.Lock()
 
-    def client(number: int) -> None:
-        rng = random.Random(number)
-        with httpx.Client(base_url=up.base, headers={"authorization": f"Bearer {up.key}"}, timeout=120) as http:
-            while not stop.is_set():
-                at = rng.randrange(len(prompts))
-                fresh = rng.random() < 0.3
-                prompt = random_prompt(300, rng) if fresh else prompts[at]
-                failed = wrong = False
-                try:
-                    answer = http.post("/v1/completions", json=question(prompt, top_p=rng.choice((1.0, 0.9))))
-                    failed = answer.status_code != 200
-                    wrong = not failed and not fresh and answer.json()["choices"][0]["text"] != expected[at]
-                except httpx.HTTPError:
-                    failed = True
-                with lock:
-                    counts["asked"] += 1
-                    counts["failed"] += failed
-                    counts["wrong"] += wrong
+    def client(worker: Worker, rng: random.Random) -> None:
+        while not stop.is_set():
+            at, fresh = rng.randrange(len(prompts)), rng.random() < 0.3
+            failed = wrong = False
+            try:
+                said = worker.text(random_prompt(300, rng) if fresh else prompts[at])
+                wrong = not fresh and said != expected[at]
+            except httpx.HTTPError:
+                failed = True
+            with lock:
+                counts["asked"] += 1
+                counts["failed"] += failed
+                counts["wrong"] += wrong
 
-    clients = [threading.Thread(target=client, args=(number,)) for number in range(6)]
+    workers = workers_of(up)
+    clients = [threading.Thread(target=client, args=(worker, random.Random(n))) for n, worker in enumerate(workers)]
     for thread in clients:
         thread.start()
     try:
         acl = up.state / "secrets/redis/cache.acl"
         acl.write_text(acl.read_text() + "user admin on nopass ~* &* +@all\n")  # gone with the next start
         for fault in ("kill", "freeze", "garbage", "kill", "flush"):
-            time.sleep(5)
+            time.sleep(6)
             print(f"redis-cache: {fault}", flush=True)
             inflict(up, fault)
-        time.sleep(10)
+            for worker in workers:  # else their own caches would hide what redis does
+                worker.http.post("/reset_prefix_cache?reset_external=true").raise_for_status()
+        time.sleep(8)
     finally:
         stop.set()
         for thread in clients:
             thread.join()
+    counts["loaded"] = int(sum(w.metric("owngpt_kv_blocks_total", result="loaded") for w in workers))
+    counts["foreign"] = int(sum(w.metric("owngpt_kv_blocks_total", result="foreign") for w in workers))
     print(counts, flush=True)
     return {f"cache_loss_{name}": float(value) for name, value in counts.items()}
 
@@ -266,13 +285,13 @@ def throughput() -> Figures:
         workers = {tier: workers_of(up)[0] for tier, up in ups.items()}
         for turn in range(ROUNDS + 1):
             for tier in sorted(speed, reverse=bool(turn % 2)):
-                prompts = [random_prompt(300, rng) for _ in range(32)]
+                prompts = [random_prompt(300, rng) for _ in range(16)]
                 began = time.perf_counter()
                 with concurrent.futures.ThreadPoolExecutor(16) as pool:
                     for answer in pool.map(lambda p, w=workers[tier]: w.http.post(
                             "/v1/completions", json=question(p, max_tokens=64)), prompts):
                         answer.raise_for_status()
-                rate = 32 * 64 / (time.perf_counter() - began)
+                rate = 16 * 64 / (time.perf_counter() - began)
                 if turn:  # the first turn warms up
                     speed[tier].append(rate)
                     print(f"tier {tier:5s} {rate:6.1f} tokens/s", flush=True)
@@ -337,4 +356,4 @@ def uncacheable() -> Figures:
     return {"uncacheable_cpu_on_vs_off": statistics.median(ratios), "uncacheable_cpu_on_us": statistics.median(cost["on"])}
 
 
-GROUPS = {"sharing": sharing, "throughput": throughput, "answers": answers, "uncacheable": uncacheable}
+GROUPS = {"sharing": sharing, "texts": texts, "throughput": throughput, "answers": answers, "uncacheable": uncacheable}

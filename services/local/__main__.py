@@ -230,7 +230,7 @@ def up() -> None:
     dials = read_dials()
     dials.state.mkdir(parents=True, exist_ok=True)
     check_room(dials)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT, too: a background job of a shell ignores it
         signal.signal(number, signal.default_int_handler)
     with only_one(dials):
         supervisor = None
