@@ -32,6 +32,8 @@ HEADER = b"x-owngpt-cache"
 HIT, MISS, BYPASS = b"hit", b"miss", b"bypass"
 PREFIX = "answer:"
 DIGEST_BYTES = 32
+MAX_QUESTION_BYTES = 256 * 1024
+"""The relay holds a body while it is answered; a larger one takes the fast path."""
 
 _decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -44,6 +46,8 @@ class Question:
     route: str
     stream: bool
     usage: bool
+    fresh: Callable[[], bool] = lambda: True
+    """Whether the model is still the one that was asked: its workers may have been replaced meanwhile."""
 
 
 def ask_question(
@@ -54,7 +58,7 @@ def ask_question(
 
     `scope`: whose answers these are; `revision_of`: the digest of a model's files, empty when nobody knows it.
     """
-    if route not in ROUTES:
+    if route not in ROUTES or len(body) > MAX_QUESTION_BYTES:
         return None
     wanted = ask.temperature == 0 or ask.seed is not None
     for name, value in headers:
@@ -75,7 +79,8 @@ def ask_question(
         _feed(digest.update, field.encode())
         _feed(digest.update, msgspec.json.format(bytes(fields[field]), indent=-1))
     usage = bool(ask.stream_options and ask.stream_options.include_usage)
-    return Question(PREFIX + digest.hexdigest(), route, bool(ask.stream), usage)
+    name, stream = PREFIX + digest.hexdigest(), bool(ask.stream)
+    return Question(name, route, stream, usage, lambda: revision_of(ask.model) == revision)
 
 
 def _feed(update: Callable[[bytes], None], part: bytes) -> None:
@@ -119,7 +124,7 @@ class Answers:
         document: Document | None = None
         try:
             yield
-            document = collected.document()
+            document = collected.document() if question.fresh() else None
         finally:
             if future is not None:
                 del self._flights[question.name]

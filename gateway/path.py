@@ -138,8 +138,10 @@ class RequestPath:
             if self._answers is not None:
                 revision = self._table.revision
                 question = ask_question(route, ask, body, scope["headers"], cache_scope, revision)
-            if question is not None and await self._remember(question, key, ask, request_id, started, send):
-                return
+            if question is not None:
+                if await self._remember(question, key, ask, request_id, started, send):
+                    return
+                self._refuse_poison(tried, body)  # whoever was answering it may have killed workers meanwhile
             chosen = self._choose(ask, cache_scope, tried)
         except errors.ApiError as error:
             self._metrics.decisions.labels(route, str(error.status)).inc()

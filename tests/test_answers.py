@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway import transcript
-from gateway.answers import HEADER, IGNORED, Question, ask_question, render
+from gateway.answers import HEADER, IGNORED, MAX_QUESTION_BYTES, Question, ask_question, render
 from gateway.decode import Ask, decode
 from gateway.isolation import Scopes
 from gateway.keys import make
@@ -75,6 +75,17 @@ class TestQuestion:
     ])
     def test_who_may_be_answered_from_memory(self, change: dict, headers: tuple, cached: bool) -> None:
         assert (question({**BASE, **change}, *headers) is not None) is cached
+
+    def test_a_large_body_takes_the_fast_path(self) -> None:
+        assert question({**BASE, "messages": [{"role": "user", "content": "x" * MAX_QUESTION_BYTES}]}) is None
+
+    def test_a_model_replaced_meanwhile_is_noticed(self) -> None:
+        raw, now = json.dumps(BASE).encode(), ["r1"]
+        asked = ask_question("chat", decode(CHAT, raw, 16), raw, [], "s", lambda _: now[0])
+        assert asked is not None
+        assert asked.fresh()
+        now[0] = "r2"
+        assert not asked.fresh()
 
     def test_an_unknown_revision_is_never_cached(self) -> None:
         assert question(BASE, revision="") is None

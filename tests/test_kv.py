@@ -452,6 +452,10 @@ class TestTier:
         wire.close()
         assert b.load(keys(3), [16, 17, 18, 19, 20, 21]) == 1
         assert same(a, b, 1)
+        b.manager.reset_cache()
+        b.store(keys(3), [16, 17, 18, 19, 20, 21])  # computed by b: what was damaged is written over
+        a.manager.reset_cache()
+        assert a.load(keys(3), [16, 17, 18, 19, 20, 21]) == 3
 
     def test_redis_dead_frozen_restarted(self, engine: Callable[..., Engine], cache: Cache) -> None:
         a, b = engine("a"), engine("b")

@@ -365,6 +365,13 @@ class TestEngineCommand:
         module = __import__(extra["spec_module_path"], fromlist=["x"])
         assert issubclass(getattr(module, extra["spec_name"]), TieringOffloadingSpec)
 
+    def test_a_model_without_kv_blocks_starts_without_the_tier(self, tmp_path: Path) -> None:
+        secret = tmp_path / "secret"
+        for architecture, tiered in (("BertModel", False), ("LlamaForCausalLM", True), ("T5ForConditionalGeneration", False)):
+            (tmp_path / "config.json").write_text(f'{{"architectures":["{architecture}"]}}')
+            wanted = self.settings(tmp_path, model=str(tmp_path), kv_tier="redis", cache_redis_url="redis://c", kv_secret_file=secret)
+            assert ("--kv-transfer-config" in engine.command(wanted)) is tiered
+
     def test_the_kv_tier_needs_its_redis_and_secret(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="CACHE_REDIS_URL and KV_SECRET_FILE"):
             self.settings(tmp_path, kv_tier="redis")

@@ -54,7 +54,7 @@ def command(settings: WorkerSettings) -> list[str]:
             args += ["--quantization", settings.quantization]
     else:
         args += ["--enforce-eager"]
-    if settings.kv_tier == "redis":
+    if settings.kv_tier == "redis" and has_kv_blocks(settings.model):
         args += kv_tier(settings)
     return args + settings.extra_args
 
@@ -62,6 +62,15 @@ def command(settings: WorkerSettings) -> list[str]:
 def shaping(settings: WorkerSettings) -> str:
     """The settings on which an answer's text may depend."""
     return f"{settings.quantization} {settings.max_model_len} {settings.tool_call_parser} {settings.engine_args}"
+
+
+def has_kv_blocks(model: str) -> bool:
+    """False for a checkpoint folder that says it is no decoder: vLLM's offloading refuses to start with those."""
+    config = Path(model) / "config.json"
+    if not config.is_file():
+        return True
+    names = json.loads(config.read_text()).get("architectures") or ["?ForCausalLM"]
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def kv_tier(settings: WorkerSettings) -> list[str]:

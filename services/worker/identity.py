@@ -24,8 +24,11 @@ def adapter_digest(path: str) -> bytes:
     """Digest of a LoRA adapter's folder; of an adapter that is no folder, something that nobody else has."""
     if not Path(path).is_dir():
         return os.urandom(16)
-    files = sorted(Path(path).iterdir())
-    return _known(path, tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+    try:
+        files = sorted(Path(path).iterdir())
+        return _known(path, tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+    except OSError:  # it is being replaced right now
+        return os.urandom(16)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 SETTLE_S = 0.002
-"""How long the scheduler may wait for a lookup (a pipeline of STRLEN takes 0.2 ms over a unix socket)."""
+"""How long the scheduler may wait for lookups in one step (a pipeline of STRLEN takes 0.2 ms over a unix socket)."""
 PREFILL_TOKENS = 128
 """Steps with fewer tokens say little about prefill."""
 
@@ -50,6 +50,8 @@ class RedisOffloadingConnector(OffloadingConnector):
                 tier for tier in self.connector_scheduler.manager.secondary_tiers if isinstance(tier, RedisTier)
             )
             self._chunk_tokens = self.connector_scheduler.config.kv_group_configs[0].tokens_per_chunk
+        self._adapters: dict[tuple[int, str], Adapter] = {}
+        self._patience_s = SETTLE_S
         self._steps: list[tuple[float, int]] = []
         self._step_ended = 0.0
 
@@ -57,7 +59,11 @@ class RedisOffloadingConnector(OffloadingConnector):
         super().on_new_request(request)
         if request.lora_request is not None:
             status = self.scheduler._req_status[request.request_id]
-            status.req_context.set_state(Adapter(identity.adapter_digest(request.lora_request.lora_path)))
+            # Read once: the engine goes on with the weights it has loaded, whatever becomes of the files.
+            lora = (request.lora_request.lora_int_id, request.lora_request.lora_path)
+            if lora not in self._adapters:
+                self._adapters[lora] = Adapter(identity.adapter_digest(lora[1]))
+            status.req_context.set_state(self._adapters[lora])
 
     def _max_loadable_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         """Whole chunks that leave at least one token to compute: what a local prefix hit would give as well.
@@ -71,11 +77,16 @@ class RedisOffloadingConnector(OffloadingConnector):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         matched: tuple[int | None, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
-        if matched[0] is None and self._tier is not None and self._tier.settle(SETTLE_S):
-            matched = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        if matched[0] is None and self._tier is not None and self._patience_s > 0:
+            began = time.monotonic()
+            settled = self._tier.settle(self._patience_s)
+            self._patience_s -= time.monotonic() - began
+            if settled:
+                matched = super().get_num_new_matched_tokens(request, num_computed_tokens)
         return matched
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        self._patience_s = SETTLE_S
         self._steps.append((time.monotonic(), scheduler_output.total_num_scheduled_tokens))
         return super().build_connector_meta(scheduler_output)
 

@@ -56,6 +56,7 @@ FILL_EVERY_S = 1.0
 REFRESH_SHARE = 0.25
 """A block in use is given its whole life again once this share of it has passed."""
 MAX_REFRESHED = 100_000
+MAX_FOREIGN = 10_000
 
 Said = TypeVar("Said")
 
@@ -126,6 +127,7 @@ class RedisTier(SecondaryTierManager):
         self._finished: SimpleQueue[JobResult] = SimpleQueue()
         self._running: set[Future[None]] = set()
         self._refreshed: dict[bytes, float] = {}
+        self._foreign: set[bytes] = set()
         self._fill, self._filled_at = 0.0, float("-inf")
         self._local = threading.local()
         self._wires: list[Wire] = []
@@ -200,6 +202,8 @@ class RedisTier(SecondaryTierManager):
                     good.append(key)
                 else:
                     self._counts.add(metrics.BLOCKS, 1, ("foreign",))
+                    if len(self._foreign) < MAX_FOREIGN:
+                        self._foreign.add(name)  # to be written over once it is computed
                     logger.warning("a KV block in redis does not verify; it is computed instead")
         finally:
             with load.lock:
@@ -251,7 +255,10 @@ class RedisTier(SecondaryTierManager):
             ))
 
     def _store_missing(self, wire: Wire, names: list[bytes], slots: list[memoryview]) -> int:
-        wanted = [(n, s) for n, s, size in zip(names, slots, wire.sizes(names), strict=True) if size == 0]
+        whole = HEADER.size + self._chunk_bytes
+        wanted = [(n, s) for n, s, size in zip(names, slots, wire.sizes(names), strict=True)
+                  if size != whole or n in self._foreign]
+        self._foreign.difference_update(names)
         self._counts.add(metrics.BLOCKS, len(names) - len(wanted), ("present",))
         if wanted and self._crowded(wire):
             seen = wire.see([SEEN_PREFIX + name for name, _ in wanted], SEEN_TTL_S)
@@ -367,15 +374,23 @@ class RedisTier(SecondaryTierManager):
                     self._wires.append(wire)
                 said = say(wire)
             except (OSError, RedisError) as error:
-                self._local.wire = None
-                if wire in self._wires:
-                    self._wires.remove(wire)
+                self._forget(wire)
                 if attempt == 1 and not isinstance(error, TooSlow):
                     continue  # it may only have been restarted since we last spoke
                 if self._breaker.failed():
                     logger.warning("redis-cache is away; KV blocks are computed", error=str(error))
                 return None
+            except BaseException:  # a bug: what is left of the replies must not be taken for later ones
+                self._forget(wire)
+                raise
             if self._breaker.worked():
                 logger.info("redis-cache is back")
             return said
         return None
+
+    def _forget(self, wire: Wire | None) -> None:
+        """Let go of this thread's connection."""
+        self._local.wire = None
+        if wire is not None and wire in self._wires:
+            self._wires.remove(wire)
+            wire.close()
