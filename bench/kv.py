@@ -247,7 +247,7 @@ def inflict(up: Up, fault: str) -> None:
         names = list(admin.scan_iter(match="*", count=1000))
         for name in names:
             with contextlib.suppress(RedisError):
-                admin.set(name, os.urandom(min(admin.strlen(name), 4096)) * (admin.strlen(name) // 4096 + 1), keepttl=True)
+                admin.set(name, os.urandom(admin.strlen(name)), keepttl=True)
         print(f"{len(names)} values overwritten", flush=True)
 
 
