@@ -79,8 +79,8 @@ def ask_question(
         _feed(digest.update, field.encode())
         _feed(digest.update, msgspec.json.format(bytes(fields[field]), indent=-1))
     usage = bool(ask.stream_options and ask.stream_options.include_usage)
-    name, stream = PREFIX + digest.hexdigest(), bool(ask.stream)
-    return Question(name, route, stream, usage, lambda: revision_of(ask.model) == revision)
+    stored_as, stream = PREFIX + digest.hexdigest(), bool(ask.stream)
+    return Question(stored_as, route, stream, usage, lambda: revision_of(ask.model) == revision)
 
 
 def _feed(update: Callable[[bytes], None], part: bytes) -> None:
