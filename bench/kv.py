@@ -85,9 +85,8 @@ def random_prompt(tokens: int, rng: random.Random) -> list[int]:
 
 def workers_of(up: Up) -> list[Worker]:
     """Its workers, by port."""
-    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    found = re.findall(rf"api_server --model {re.escape(str(up.state))}.*?--port (\d+)", listing)
-    return [Worker(up, port) for port in sorted({int(port) for port in found})]
+    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in up.engine_pids()]
+    return [Worker(up, port) for port in sorted(int(command.split("--port\0")[1].split("\0")[0]) for command in commands)]
 
 
 def sharing() -> Figures:
