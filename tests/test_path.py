@@ -32,7 +32,8 @@ def test_an_answer_says_how_it_came_about(shared: Stack) -> None:
 
 def test_stream_is_byte_identical_and_usage_stays_hidden(shared: Stack) -> None:
     plain = stream_events(shared.chat("say 5", stream=True))
-    assert [json.loads(e)["choices"][0]["delta"]["content"] for e in plain[:-1]] == [f"w{i} " for i in range(5)]
+    assert [json.loads(e)["choices"][0]["delta"]["content"] for e in plain[:-2]] == [f"w{i} " for i in range(5)]
+    assert json.loads(plain[-2])["choices"][0]["finish_reason"] == "stop"
     assert plain[-1] == "[DONE]"
     asked = stream_events(shared.chat("say 5", stream=True, stream_options={"include_usage": True}))
     assert json.loads(asked[-2])["usage"]["completion_tokens"] == 5
@@ -359,7 +360,7 @@ class TestRelay:
             stack.add_worker("w1", "--unmetered")
             assert stack.chat("say 3").json()["usage"]["completion_tokens"] == 3
             events = stream_events(stack.chat("say 4", stream=True))
-            assert len(events) == 5
+            assert len(events) == 6  # four words, the end with its reason, [DONE]
             assert events[-1] == "[DONE]"
             records = stack.records(2)
             assert [r["completion_tokens"] for r in records] == [3, 4]
