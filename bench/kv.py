@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import httpx
@@ -48,7 +49,9 @@ SETTLE_S = 1.5
 class Worker:
     """One worker of a stack, asked directly."""
 
-    def __init__(self, up: Up, port: int) -> None:
+    def __init__(self, up: Up, pid: int) -> None:
+        self.pid = pid
+        port = Path(f"/proc/{pid}/cmdline").read_text().split("--port\0")[1].split("\0")[0]
         token = (up.state / "secrets/gateway/worker_token").read_text().strip()
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120,
                                  headers={"authorization": f"Bearer {token}"})
@@ -85,8 +88,7 @@ def random_prompt(tokens: int, rng: random.Random) -> list[int]:
 
 def workers_of(up: Up) -> list[Worker]:
     """Its workers, by port."""
-    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in up.engine_pids()]
-    return [Worker(up, port) for port in sorted(int(command.split("--port\0")[1].split("\0")[0]) for command in commands)]
+    return sorted((Worker(up, pid) for pid in up.engine_pids()), key=lambda worker: worker.http.base_url.port or 0)
 
 
 def sharing() -> Figures:
@@ -110,10 +112,10 @@ def ttft(up: Up, rng: random.Random) -> tuple[Figures, list[list[int]], list[flo
             seconds["recompute"].append(b.ttft_s(random_prompt(tokens, rng)))
             read = a.ttft_s(prompt)
             time.sleep(SETTLE_S)
-            loaded = b.metric("owngpt_kv_blocks_total", result="loaded")
+            loaded = kv_blocks([b], "loaded")
             seconds["remote"].append(b.ttft_s(prompt))
             seconds["local"].append(b.ttft_s(prompt))
-            fetched = b.metric("owngpt_kv_blocks_total", result="loaded") - loaded
+            fetched = kv_blocks([b], "loaded") - loaded
             print(f"{tokens} tokens  recompute {seconds['recompute'][-1]:.3f} s  remote {seconds['remote'][-1]:.3f} "
                   f"({fetched:.0f} blocks)  local {seconds['local'][-1]:.3f}", flush=True)
             assert fetched == (tokens - 1) // BLOCK_TOKENS, "the prompt did not come from redis"
@@ -149,8 +151,7 @@ def texts() -> Figures:
                    for document in documents for steps in (2, 3, 4, 5, 6) for _ in range(5)]
         rng.shuffle(prompts)
         here, there = at_once({a: 16, b: 16}, prompts)
-        loaded = b.metric("owngpt_kv_blocks_total", result="loaded")
-        stored = sum(w.metric("owngpt_kv_blocks_total", result="stored") for w in (a, b))
+        loaded, stored = kv_blocks([b], "loaded"), kv_blocks((a, b), "stored")
         stored_bytes = sum(w.metric("owngpt_kv_bytes_total", direction="stored") for w in (a, b))
         again, = at_once({a: 16}, prompts)
         alone_here, alone_there = at_once({a: 1, b: 1}, prompts)
@@ -163,7 +164,7 @@ def texts() -> Figures:
             "bytes_vs_raw": stored_bytes / (stored * BLOCK_TOKENS * RAW_BYTES_PER_TOKEN),
         }
         print(found, flush=True)
-        return found | cache_loss(up, prompts, alone_here)
+        return found | cache_loss(up)
 
 
 def at_once(load: dict[Worker, int], prompts: list[list[int]]) -> list[list[str]]:
@@ -179,18 +180,27 @@ def differing(ones: list[str], others: list[str]) -> float:
     return float(sum(one != other for one, other in zip(ones, others, strict=True)))
 
 
-def cache_loss(up: Up, prompts: list[list[int]], expected: list[str]) -> Figures:
+FAULTS = ("kill", "garbage", "freeze", "kill", "garbage", "flush")
+BETWEEN_FAULTS_S = 14.0
+
+
+def cache_loss(up: Up) -> Figures:
     """Failed requests and wrong texts while redis-cache comes and goes, one request at a time on each worker.
 
-    After each fault the workers forget what they hold themselves, so that redis is asked.
+    Prompts are short, so that many are asked (lengths as in `texts`), and workers forget again and again what they hold
+    themselves, so that redis is. Expected texts are those of a worker that read every prompt itself.
     """
+    rng = random.Random(time.time_ns())
+    a, b = workers_of(up)
+    prompts = [random_prompt(512 * steps + rng.randrange(1, BLOCK_TOKENS + 1), rng) for steps in (1, 2) for _ in range(6)]
+    expected = at_once({a: 1}, prompts)[0]
     stop = threading.Event()
     counts = {"asked": 0, "failed": 0, "wrong": 0}
     lock = threading.Lock()
 
     def client(worker: Worker, rng: random.Random) -> None:
         while not stop.is_set():
-            at, fresh = rng.randrange(len(prompts)), rng.random() < 0.3
+            at, fresh = rng.randrange(len(prompts)), rng.random() < 0.1
             failed = wrong = False
             try:
                 said = worker.text(random_prompt(300, rng) if fresh else prompts[at])
@@ -202,28 +212,34 @@ def cache_loss(up: Up, prompts: list[list[int]], expected: list[str]) -> Figures
                 counts["failed"] += failed
                 counts["wrong"] += wrong
 
-    workers = workers_of(up)
-    clients = [threading.Thread(target=client, args=(worker, random.Random(n))) for n, worker in enumerate(workers)]
+    before = {result: kv_blocks((a, b), result) for result in ("loaded", "foreign")}
+    clients = [threading.Thread(target=client, args=(worker, random.Random(n))) for n, worker in enumerate((a, b))]
     for thread in clients:
         thread.start()
     try:
         acl = up.state / "secrets/redis/cache.acl"
         acl.write_text(acl.read_text() + "user admin on nopass ~* &* +@all\n")  # gone with the next start
-        for fault in ("kill", "freeze", "garbage", "kill", "flush"):
-            time.sleep(6)
-            print(f"redis-cache: {fault}", flush=True)
-            inflict(up, fault)
-            for worker in workers:  # else their own caches would hide what redis does
-                worker.http.post("/reset_prefix_cache?reset_external=true").raise_for_status()
-        time.sleep(8)
+        for fault in (*FAULTS, ""):
+            for _ in range(4):
+                time.sleep(BETWEEN_FAULTS_S / 4)
+                for worker in (a, b):  # else their own caches would hide what redis does
+                    worker.http.post("/reset_prefix_cache?reset_external=true").raise_for_status()
+            if fault:
+                print(f"redis-cache: {fault}  {counts}, {kv_blocks((a, b), 'loaded') - before['loaded']:.0f} blocks "
+                      "fetched", flush=True)
+                inflict(up, fault)
     finally:
         stop.set()
         for thread in clients:
             thread.join()
-    counts["loaded"] = int(sum(w.metric("owngpt_kv_blocks_total", result="loaded") for w in workers))
-    counts["foreign"] = int(sum(w.metric("owngpt_kv_blocks_total", result="foreign") for w in workers))
-    print(counts, flush=True)
-    return {f"cache_loss_{name}": float(value) for name, value in counts.items()}
+    found = counts | {result: int(kv_blocks((a, b), result) - count) for result, count in before.items()}
+    print(found, flush=True)
+    return {f"cache_loss_{name}": float(value) for name, value in found.items()}
+
+
+def kv_blocks(workers: Iterable[Worker], result: str) -> float:
+    """Blocks with this fate, on all workers."""
+    return sum(worker.metric("owngpt_kv_blocks_total", result=result) for worker in workers)
 
 
 def inflict(up: Up, fault: str) -> None:
@@ -253,20 +269,17 @@ def inflict(up: Up, fault: str) -> None:
 def restart(up: Up, prompts: list[list[int]], recompute_s: list[float]) -> Figures:
     """TTFT on A, restarted, of prompts that its former life has read."""
     a = workers_of(up)[0]
-    port = a.http.base_url.port
-    agent = subprocess.run(["pgrep", "-f", f"api_server --model {up.state}.*--port {port}"],
-                           capture_output=True, text=True, check=True).stdout.split()[0]
-    fields = Path(f"/proc/{agent}/stat").read_text().rsplit(")", 1)[1].split()
-    os.kill(int(fields[1]), signal.SIGTERM)
+    fields = Path(f"/proc/{a.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    os.kill(int(fields[1]), signal.SIGTERM)  # its agent
     wait_for(lambda: up.ready() == 1, "worker A gone", 40)
     print("waiting for worker A to come back", flush=True)
     wait_for(lambda: up.ready() == 2, "worker A back", 200)
     seconds = []
     for prompt in prompts:
         time.sleep(SETTLE_S)
-        before = a.metric("owngpt_kv_blocks_total", result="loaded")
+        before = kv_blocks([a], "loaded")
         seconds.append(a.ttft_s(prompt))
-        fetched = a.metric("owngpt_kv_blocks_total", result="loaded") - before
+        fetched = kv_blocks([a], "loaded") - before
         print(f"restarted A: {seconds[-1]:.3f} s ({fetched:.0f} blocks)", flush=True)
         assert fetched == (len(prompt) - 1) // BLOCK_TOKENS, "the prompt did not come from redis"
     return {

@@ -16,7 +16,7 @@ from redis import Redis
 
 from gateway.keys import ApiKey, make
 from gateway.store import api_key_key
-from services.local.plan import ROOT, Dials, Ports, find_nginx, find_redis, is_free, write_configs
+from services.local.plan import ROOT, Dials, Ports, cache_command, find_nginx, find_redis, is_free, write_configs
 from services.secrets.__main__ import make as make_secrets
 from services.worker.middleware import WORKER_ID
 
@@ -41,12 +41,6 @@ def free_ports(count: int, start: int = 21000) -> list[int]:
         if len(found) == count:
             return found
     raise AssertionError("no free ports")
-
-
-def cache_command(sock: Path, secrets: Path, maxmemory: str = "1gb") -> list[str]:
-    """redis-cache as the launchers start it."""
-    return [find_redis(), str(ROOT / "services/redis/cache.conf"), "--port", "0", "--unixsocket", str(sock),
-            "--dir", str(sock.parent), "--aclfile", str(secrets / "redis/cache.acl"), "--maxmemory", maxmemory]
 
 
 class Stack:

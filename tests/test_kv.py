@@ -41,6 +41,7 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from gateway.breaker import Breaker
+from services.local.plan import cache_command
 from services.secrets.__main__ import make as make_secrets
 from services.worker import shm
 from services.worker.identity import adapter_digest, model_digest
@@ -48,7 +49,7 @@ from services.worker.kv.block import HEADER, PREFIX, Layout, Sealer
 from services.worker.kv.economy import FORGET_S, Economy
 from services.worker.kv.tier import Adapter, RedisTier
 from services.worker.kv.wire import Wire
-from tests.harness import cache_command, wait_for
+from tests.harness import wait_for
 
 LAYERS, BLOCKS, PAGE, BLOCKS_PER_CHUNK = 4, 32, 4096, 2
 CHUNK = LAYERS * PAGE * BLOCKS_PER_CHUNK

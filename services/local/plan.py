@@ -171,26 +171,29 @@ def write_configs(dials: Dials, ports: Ports) -> None:
     }))
 
 
+def cache_command(sock: Path, secrets: Path, maxmemory: str = "1gb") -> list[str]:
+    """redis-cache on a unix socket, bounded to `maxmemory`, never on disk."""
+    return [find_redis(), str(ROOT / "services/redis/cache.conf"), "--port", "0",
+            "--unixsocket", str(sock), "--unixsocketperm", "700", "--dir", str(sock.parent),
+            "--aclfile", str(secrets / "redis/cache.acl"), "--maxmemory", maxmemory]
+
+
 def programs(dials: Dials, ports: Ports) -> list[Program]:
     """The stack, in the order of a request's way back to front."""
     run_dir, python = dials.run_dir, sys.executable
-    redis = find_redis()
     shared = {
         "REDIS_URL": dials.redis_url, "CACHE_REDIS_URL": dials.cache_redis_url,
         "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT),
     }
     found = [
         Program("redis", [
-            redis, str(ROOT / "services/redis/redis.conf"), "--port", "0", "--unixsocket", str(run_dir / "redis.sock"),
-            "--unixsocketperm", "700", "--dir", str(dials.state / "redis"),
+            find_redis(), str(ROOT / "services/redis/redis.conf"), "--port", "0",
+            "--unixsocket", str(run_dir / "redis.sock"), "--unixsocketperm", "700", "--dir", str(dials.state / "redis"),
             "--aclfile", str(dials.secrets / "redis/users.acl"),
         ], priority=10),
-        Program("redis-cache", [
-            redis, str(ROOT / "services/redis/cache.conf"), "--port", "0",
-            "--unixsocket", str(run_dir / "redis-cache.sock"), "--unixsocketperm", "700",
-            "--dir", str(run_dir), "--aclfile", str(dials.secrets / "redis/cache.acl"),
-            "--maxmemory", os.environ.get("CACHE_MAXMEMORY") or "1gb",
-        ], priority=10),
+        Program("redis-cache", cache_command(
+            run_dir / "redis-cache.sock", dials.secrets, os.environ.get("CACHE_MAXMEMORY") or "1gb"
+        ), priority=10),
     ]  # fmt: skip
     for number, (port, cores) in enumerate(zip(ports.workers, cpu_slices(dials.workers), strict=True), 1):
         found.append(Program(f"worker-{number}", [python, "-m", "services.worker"], shared | {

@@ -3,7 +3,8 @@
 redis-py connects and logs in; on its socket this module speaks RESP2 itself, because a client library copies every
 value at least twice on its way (redis-py's GET: 0.28 GB/s by Redis' own measurement, and here every byte counts).
 The socket blocks in the kernel, which keeps the time: a payload is one system call, so its thread takes part in the
-scheduler process' struggle for the GIL once per payload, not once per buffer (docs/log.md: 220 against 800 MB/s).
+scheduler process' struggle for the GIL once per payload, not once per buffer (0.5 to 0.8
+GB/s against 0.22, docs/log.md).
 Protocol: https://redis.io/docs/latest/develop/reference/protocol-spec/
 """
 
