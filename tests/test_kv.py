@@ -45,6 +45,7 @@ from services.local.plan import cache_command
 from services.secrets.__main__ import make as make_secrets
 from services.worker import shm
 from services.worker.identity import adapter_digest, model_digest
+from services.worker.kv import tier
 from services.worker.kv.block import HEADER, PREFIX, Layout, Sealer
 from services.worker.kv.economy import FORGET_S, Economy
 from services.worker.kv.tier import Adapter, RedisTier
@@ -407,7 +408,8 @@ class TestTier:
         assert b.load(keys(5), list(range(16, 26))) == 3
         assert same(a, b, 3)
 
-    def test_many_chunks_go_in_stripes(self, engine: Callable[..., Engine]) -> None:
+    def test_many_chunks_go_in_stripes(self, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tier, "STRIPE_BYTES", 2 * CHUNK)
         a, b = engine("a", chunks=14), engine("b", chunks=14)
         a.store(keys(12)[:6], list(range(12)))
         a.store(keys(12)[6:], list(range(12, 24)))
@@ -480,6 +482,30 @@ class TestTier:
         a.store(keys(3), [0, 1, 2, 3, 4, 5])
         assert b.load(keys(3), [16, 17, 18, 19, 20, 21]) == 3
         assert same(a, b, 3)
+
+    def test_an_idle_scheduler_waits_for_loads_only(
+        self, engine: Callable[..., Engine], cache: Cache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        b = engine("b")
+        began = time.monotonic()
+        b.tier.await_load(5)
+        assert time.monotonic() - began < 0.1
+        monkeypatch.setattr(b.tier, "look_up", lambda asked, context: [True] * len(asked))
+        cache.process.send_signal(signal.SIGSTOP)
+        context = ReqContext("x")
+        b.manager.on_new_request(context)
+        while not b.tier._jobs:
+            b.manager.lookup(keys(1)[0], context)
+            b.step()
+        began = time.monotonic()
+        b.tier.await_load(0.2)
+        assert 0.2 <= time.monotonic() - began < 0.4
+        cache.process.send_signal(signal.SIGCONT)
+        began = time.monotonic()
+        b.tier.await_load(5)
+        assert time.monotonic() - began < 2
+        b.manager.on_request_finished(context)
+        b.settle()
 
     def test_a_restart_between_two_conversations_costs_nothing(self, engine: Callable[..., Engine], cache: Cache) -> None:
         a = engine("a")

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SETTLE_S = 0.002
 """How long the scheduler may wait for lookups in one step (a pipeline of STRLEN takes 0.2 ms over a unix socket)."""
+IDLE_S = 0.005
+"""How long a step without tokens may wait for a load; a new request waits as long at most."""
 PREFILL_TOKENS = 128
 """Steps with fewer tokens say little about prefill."""
 
@@ -87,6 +89,8 @@ class RedisOffloadingConnector(OffloadingConnector):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         self._patience_s = SETTLE_S
+        if self._tier is not None and not scheduler_output.total_num_scheduled_tokens:
+            self._tier.await_load(IDLE_S)
         self._steps.append((time.monotonic(), scheduler_output.total_num_scheduled_tokens))
         return super().build_connector_meta(scheduler_output)
 

@@ -45,8 +45,8 @@ from services.worker.kv.wire import TooSlow, Wire
 from services.worker.settings import WorkerSettings
 
 LOAD_THREADS = 2
-STRIPE_CHUNKS = 4
-STRIPE_BYTES = 32 * 1024 * 1024
+STRIPE_BYTES = 4 * 1024 * 1024
+"""Asked for at once on one connection. Redis keeps whole replies in fresh memory; its pages cost more than the copy."""
 BACKLOG_SHARE = 0.5
 """Stores waiting hold slots of the host tier; they may hold this share of it."""
 CROWDED = 0.8
@@ -125,6 +125,7 @@ class RedisTier(SecondaryTierManager):
         self._counts = metrics.Counts()
         self._jobs: dict[int, TransferJob] = {}
         self._finished: SimpleQueue[JobResult] = SimpleQueue()
+        self._load_done = threading.Event()
         self._running: set[Future[None]] = set()
         self._refreshed: dict[bytes, float] = {}
         self._foreign: set[bytes] = set()
@@ -181,7 +182,7 @@ class RedisTier(SecondaryTierManager):
         keys = list(job_metadata.keys)
         slots = [self._slot(chunk) for chunk in job_metadata.chunk_ids]
         names = self._names(keys, job_metadata.req_context)
-        width = max(1, min(STRIPE_CHUNKS, STRIPE_BYTES // self._chunk_bytes))
+        width = max(1, STRIPE_BYTES // self._chunk_bytes)
         starts = range(0, len(keys), width)
         load = _Load(job_metadata, len(starts))
         for at in starts:
@@ -227,6 +228,13 @@ class RedisTier(SecondaryTierManager):
             load.job.job_id, success=len(good) == len(asked), successful_keys=tuple(good) or None,
             transfer_time=took_s, transfer_bytes=size_bytes,
         ))
+        self._load_done.set()
+
+    def await_load(self, timeout_s: float) -> None:
+        """For a scheduler with nothing else to do: let a load have the processor instead of spinning."""
+        if self._finished.empty() and any(job.is_promotion for job in self._jobs.values()):
+            self._load_done.wait(timeout_s)
+            self._load_done.clear()
 
     # --- store ---------------------------------------------------------------------------------
 
