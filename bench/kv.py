@@ -164,7 +164,7 @@ def texts() -> Figures:
             "bytes_vs_raw": stored_bytes / (stored * BLOCK_TOKENS * RAW_BYTES_PER_TOKEN),
         }
         print(found, flush=True)
-        return found | cache_loss(up)
+        return found
 
 
 def at_once(load: dict[Worker, int], prompts: list[list[int]]) -> list[list[str]]:
@@ -184,12 +184,18 @@ FAULTS = ("kill", "garbage", "freeze", "kill", "garbage", "flush")
 BETWEEN_FAULTS_S = 14.0
 
 
-def cache_loss(up: Up) -> Figures:
+def faults() -> Figures:
     """Failed requests and wrong texts while redis-cache comes and goes, one request at a time on each worker.
 
-    Prompts are short, so that many are asked (lengths as in `texts`), and workers forget again and again what they hold
-    themselves, so that redis is. Expected texts are those of a worker that read every prompt itself.
+    Prompts are short, so that many are asked (lengths as in `texts`), and before every second one a worker forgets what
+    it holds itself, so that redis is asked. Expected texts are those of a worker that read every prompt itself.
     """
+    with real_stack(2, VLLM_SERVER_DEV_MODE="1") as up:  # /reset_prefix_cache
+        return cache_loss(up)
+
+
+def cache_loss(up: Up) -> Figures:
+    """The figures of a running stack."""
     rng = random.Random(time.time_ns())
     a, b = workers_of(up)
     prompts = [random_prompt(512 * steps + rng.randrange(1, BLOCK_TOKENS + 1), rng) for steps in (1, 2) for _ in range(6)]
@@ -203,6 +209,8 @@ def cache_loss(up: Up) -> Figures:
             at, fresh = rng.randrange(len(prompts)), rng.random() < 0.1
             failed = wrong = False
             try:
+                if rng.random() < 0.5:
+                    worker.http.post("/reset_prefix_cache?reset_external=true").raise_for_status()
                 said = worker.text(random_prompt(300, rng) if fresh else prompts[at])
                 wrong = not fresh and said != expected[at]
             except httpx.HTTPError:
@@ -220,10 +228,7 @@ def cache_loss(up: Up) -> Figures:
         acl = up.state / "secrets/redis/cache.acl"
         acl.write_text(acl.read_text() + "user admin on nopass ~* &* +@all\n")  # gone with the next start
         for fault in (*FAULTS, ""):
-            for _ in range(4):
-                time.sleep(BETWEEN_FAULTS_S / 4)
-                for worker in (a, b):  # else their own caches would hide what redis does
-                    worker.http.post("/reset_prefix_cache?reset_external=true").raise_for_status()
+            time.sleep(BETWEEN_FAULTS_S)
             if fault:
                 print(f"redis-cache: {fault}  {counts}, {kv_blocks((a, b), 'loaded') - before['loaded']:.0f} blocks "
                       "fetched", flush=True)
@@ -368,4 +373,4 @@ def uncacheable() -> Figures:
     return {"uncacheable_cpu_on_vs_off": statistics.median(ratios), "uncacheable_cpu_on_us": statistics.median(cost["on"])}
 
 
-GROUPS = {"sharing": sharing, "texts": texts, "throughput": throughput, "answers": answers, "uncacheable": uncacheable}
+GROUPS = {"sharing": sharing, "texts": texts, "faults": faults, "throughput": throughput, "answers": answers, "uncacheable": uncacheable}
