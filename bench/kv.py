@@ -300,7 +300,7 @@ def throughput() -> Figures:
     with contextlib.ExitStack() as stacked:
         ups = {tier: stacked.enter_context(real_stack(1, KV_TIER=tier)) for tier in speed}
         workers = {tier: workers_of(up)[0] for tier, up in ups.items()}
-        for turn in range(ROUNDS + 1):
+        for turn in range(2 * ROUNDS + 1):
             for tier in sorted(speed, reverse=bool(turn % 2)):
                 prompts = [random_prompt(300, rng) for _ in range(16)]
                 began = time.perf_counter()
