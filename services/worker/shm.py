@@ -1,5 +1,6 @@
-"""Shared memory that killed engines left behind: vLLM unlinks its offload region only when it ends by itself."""
+"""vLLM's shared memory for offloaded blocks: pages made at the start, leftovers of killed engines swept."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -8,6 +9,22 @@ from loguru import logger
 from services.worker.engine import ENGINE_ID_PREFIX
 
 SHM = Path("/dev/shm")  # noqa: S108 - where vLLM puts it
+
+
+MADV_POPULATE_WRITE = 23
+"""Linux 5.14; older kernels make pages as they are touched."""
+
+
+def populate(view: memoryview) -> None:
+    """Make every page of a shared region now, for this process.
+
+    Else the first round of stores pays a page fault for each 4 KiB, in the step that computes and in the thread that
+    sends (docs/log.md).
+    """
+    first = ctypes.c_char.from_buffer(view)
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.madvise(ctypes.addressof(first), view.nbytes, MADV_POPULATE_WRITE)
 
 
 def sweep(folder: Path = SHM) -> int:

@@ -22,6 +22,8 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.cpu.gpu_worker import compute_sub_block_ptrs
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
+from services.worker import shm
+
 
 class CpuPlatformWorker(OffloadingWorker):
     """Copies between KV tensors and this rank's part of the shared region's rows."""
@@ -35,6 +37,9 @@ class CpuPlatformWorker(OffloadingWorker):
             region.create_next_worker_view(t.page_size_bytes * blocks_per_chunk) for t in kv_caches.tensors
         ]
         self._done: list[TransferResult] = []
+        if region.mmap_obj is not None:
+            with memoryview(region.mmap_obj) as pages:
+                shm.populate(pages)
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         self._copy(job_id, src_spec, dst_spec, to_host=True)

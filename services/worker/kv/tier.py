@@ -21,6 +21,7 @@ from typing import Any, ClassVar, TypeVar
 from loguru import logger
 from redis.exceptions import RedisError
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import (
     Locality,
     LookupResult,
@@ -38,6 +39,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from gateway.breaker import Breaker
+from services.worker import shm
 from services.worker.kv import metrics
 from services.worker.kv.block import HEADER, SEEN_PREFIX, Sealer
 from services.worker.kv.economy import Economy
@@ -113,6 +115,8 @@ class RedisTier(SecondaryTierManager):
         self.locality = Locality.REMOTE
         self._settings = WorkerSettings()  # filled from the environment
         self._slots = primary_kv_view.cast("B")
+        if current_platform.is_cpu():
+            shm.populate(self._slots)
         self._chunk_bytes = self.block_size_bytes
         config = offloading_spec.config
         self._chunk_tokens = max(group.tokens_per_block for group in config.groups) * config.cache.blocks_per_chunk
