@@ -1,15 +1,16 @@
 # make up     the stack as local processes, in the foreground     make test    everything that can be tested here
 # make env    exports for the openai SDK                          make check   linters and types
 # make key    one more API key: make key NAME=alice               make bench   the figures of docs/log.md (bench-kv: of the caches)
+# make finetune DATA=questions.jsonl    your own model from your own questions (HELDOUT=file SUFFIX=name EPOCHS=3)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key test check bench bench-kv base-images clean
+.PHONY: help up env key finetune test check bench bench-kv bench-lifecycle base-images clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 up: .venv/.ready
 	@exec $(PY) -m services.local up
@@ -20,8 +21,12 @@ env: .venv/.ready
 key: .venv/.ready
 	@$(PY) -m services.local key "$(NAME)"
 
+finetune: .venv/.ready
+	@eval "$$($(PY) -m services.local env)" && exec $(PY) -m services.local.finetune "$(DATA)" \
+	    $(if $(HELDOUT),--heldout "$(HELDOUT)") $(if $(SUFFIX),--suffix "$(SUFFIX)") $(if $(EPOCHS),--epochs "$(EPOCHS)")
+
 # Made once; a change of a requirements file or of the constraints makes it again.
-.venv/.ready: constraints.txt gateway/requirements.txt services/worker/requirements.txt services/local/requirements.txt services/worker/install-cpu.sh services/local/install.sh
+.venv/.ready: constraints.txt gateway/requirements.txt services/jobs/requirements.txt services/trainer/requirements.txt services/worker/requirements.txt services/local/requirements.txt services/worker/install-cpu.sh services/local/install.sh
 	@services/local/install.sh services/local/requirements.txt
 	@touch $@
 
@@ -40,6 +45,9 @@ bench: .venv/.test-ready
 
 bench-kv: .venv/.test-ready
 	@$(PY) -m bench kv $(BENCH) && $(PY) -m bench.plot
+
+bench-lifecycle: .venv/.test-ready
+	@$(PY) -m bench lifecycle $(BENCH)
 
 base-images:
 	@services/base/make.sh

@@ -1,13 +1,13 @@
-"""`python -m bench [stack|kv]`: run a set of figures, print its table, write bench/results/NAME.json."""
+"""`python -m bench [stack|kv|lifecycle]`: run a set of figures, print its table, write bench/results/NAME.json."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from bench import kv, stack
+from bench import kv, lifecycle, stack
 
-SETS = {"stack": stack, "kv": kv}
+SETS = {"stack": stack, "kv": kv, "lifecycle": lifecycle}
 
 
 def main() -> int:

@@ -40,8 +40,8 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.api = FastAPI(lifespan=self._lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-        self.api.add_exception_handler(errors.ApiError, _answer_api_error)
-        self.api.add_exception_handler(HTTPException, _answer_http_exception)
+        self.api.add_exception_handler(errors.ApiError, answer_api_error)
+        self.api.add_exception_handler(HTTPException, answer_http_exception)
         add_routes(self.api)
         self._path: RequestPath | None = None
         self._authenticator: Authenticator | None = None
@@ -225,18 +225,20 @@ def describe(model: Model) -> dict[str, object]:
     }
 
 
-async def _answer_api_error(request: Request, error: Exception) -> Response:
+async def answer_api_error(request: Request, error: Exception) -> Response:
+    """An exception handler: an ApiError in OpenAI's shape."""
     assert isinstance(error, errors.ApiError)  # noqa: S101 - registered for it only
     status, headers, body = errors.encode(error)
     return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
 
-async def _answer_http_exception(request: Request, error: Exception) -> Response:
+async def answer_http_exception(request: Request, error: Exception) -> Response:
+    """An exception handler: no such path, or not with this method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for it only
     path, method = request.scope["path"], request.method
     if error.status_code == 405:
-        return await _answer_api_error(request, errors.MethodNotAllowed(f"{path} does not take {method}."))
-    return await _answer_api_error(request, errors.NotFound(f"There is nothing at {path}."))
+        return await answer_api_error(request, errors.MethodNotAllowed(f"{path} does not take {method}."))
+    return await answer_api_error(request, errors.NotFound(f"There is nothing at {path}."))
 
 
 def create() -> Gateway:

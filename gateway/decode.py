@@ -34,6 +34,7 @@ class Ask(msgspec.Struct):
     best_of: Annotated[int, msgspec.Meta(ge=1)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    priority: int | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     messages: RawJson = RawJson(b"")
     prompt: RawJson = RawJson(b"")
@@ -90,6 +91,8 @@ def decode(path: str, body: bytes, max_n: int) -> Ask:
     for field, count in (("n", ask.n), ("best_of", ask.best_of)):
         if count is not None and count > max_n:
             raise InvalidRequest(f"{field}: {count} is over the limit of {max_n} (MAX_N).", param=field)
+    if ask.priority:
+        raise InvalidRequest("priority: requests are served in their order; leave it out.", param="priority")
     if bytes(ask.chat_template) not in (b"", b"null"):
         raise InvalidRequest("chat_template: templates from requests are not accepted.", param="chat_template")
     needs = ROUTES[path][1]

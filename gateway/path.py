@@ -37,6 +37,8 @@ from gateway.settings import Settings
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{8,64}")
 RETRY_AFTER_S = 2
+PRIORITY = b"x-vllm-priority"
+"""Batches send one; a client's is dropped, else everybody would be first."""
 ANSWER_CACHE = "answer-cache"
 """The worker's name in the record of an answer from memory."""
 
@@ -104,6 +106,7 @@ class RequestPath:
         meter: Meter,
         metrics: GatewayMetrics,
         answers: Answers | None,
+        priority: bytes = b"",
     ) -> None:
         self._settings = settings
         self._table = table
@@ -117,6 +120,7 @@ class RequestPath:
         self._holders = routing.Holders()
         self._decided = {route: metrics.decisions.labels(route, "fast") for route, _ in ROUTES.values()}
         self._token = settings.worker_token.encode()
+        self._priority = [(PRIORITY, priority)] if priority else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -221,7 +225,8 @@ class RequestPath:
         while True:
             address = worker.beat.address
             forwarded = {**scope, "headers": [
-                *[(n, v) for n, v in scope["headers"] if n not in (b"x-request-id", CONTEXT)],
+                *[(n, v) for n, v in scope["headers"] if n not in (b"x-request-id", PRIORITY, CONTEXT)],
+                *self._priority,
                 (b"x-request-id", request.id),
                 (CONTEXT, request.context(len(tried.tried) + 1)),
             ]}

@@ -24,9 +24,10 @@ if [ "$names" != _ ]; then
 fi
 # shellcheck disable=SC2090
 export CORS_MAP LISTEN_OPTIONS UNKNOWN_HOSTS SERVER_NAMES="$names" LISTEN=8080 ACCESS_LOG=/dev/stdout
-export MAX_BODY_BYTES="${MAX_BODY_BYTES:-4194304}" READ_TIMEOUT_S="${READ_TIMEOUT_S:-600}" GATEWAY_ADDRESS
+export MAX_BODY_BYTES="${MAX_BODY_BYTES:-4194304}" READ_TIMEOUT_S="${READ_TIMEOUT_S:-600}" GATEWAY_ADDRESS JOBS_ADDRESS
+export MAX_FILE_BYTES="${MAX_FILE_BYTES:-536870912}"
 
 # shellcheck disable=SC2016 # names for envsubst, not for the shell
 envsubst '${RUN_DIR} ${LISTEN} ${LISTEN_OPTIONS} ${SERVER_NAMES} ${UNKNOWN_HOSTS} ${CORS_MAP} ${GATEWAY_ADDRESS}
-    ${MAX_BODY_BYTES} ${READ_TIMEOUT_S} ${ACCESS_LOG}' </etc/owngpt/nginx.conf.template >"$RUN_DIR/nginx.conf"
+    ${JOBS_ADDRESS} ${MAX_FILE_BYTES} ${MAX_BODY_BYTES} ${READ_TIMEOUT_S} ${ACCESS_LOG}' </etc/owngpt/nginx.conf.template >"$RUN_DIR/nginx.conf"
 exec nginx -p "$RUN_DIR" -e stderr -c "$RUN_DIR/nginx.conf"

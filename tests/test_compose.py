@@ -50,7 +50,7 @@ def config(**env: str) -> dict:
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
 def test_every_container_is_hardened(accelerator: str) -> None:
     services = config(ACCELERATOR=accelerator)["services"]
-    assert set(services) == {"secrets", "nginx", "gateway", "worker", "fetch", "redis", "redis-cache"}
+    assert set(services) == {"secrets", "nginx", "gateway", "worker", "jobs", "trainer", "fetch", "redis", "redis-cache"}
     for name, service in services.items():
         assert service["user"] == "10001:10001", name
         assert service["read_only"] is True, name
@@ -62,7 +62,7 @@ def test_every_container_is_hardened(accelerator: str) -> None:
         assert name == "secrets" or service.get("mem_limit"), name
         assert bool(service.get("ports")) == (name == "nginx"), name
     assert services["nginx"]["ports"][0]["host_ip"] == "127.0.0.1"
-    assert all("edge" not in services[n]["networks"] for n in ("gateway", "worker", "redis", "redis-cache"))
+    assert all("edge" not in services[n]["networks"] for n in ("gateway", "worker", "jobs", "trainer", "redis", "redis-cache"))
     assert config()["networks"]["backend"]["internal"] is True
 
 

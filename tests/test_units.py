@@ -18,7 +18,9 @@ from gateway.metering import Metering, rewrite
 from gateway.records import Record
 from gateway.registry import Heartbeat, Model, Worker, WorkerTable
 from gateway.settings import Settings, read_secret
+from services.jobs.settings import JobsSettings
 from services.local.plan import ROOT
+from services.trainer.settings import TrainerSettings
 from services.worker import engine
 from services.worker.settings import WorkerSettings
 
@@ -295,18 +297,19 @@ class TestSettings:
         example = (ROOT / ".env.example").read_text()
         offered = set(re.findall(r"^#?\s?([A-Z][A-Z0-9_]+)=", example, re.M))
         used: set[str] = set()
-        for path in ("compose.yaml", "services/worker/hardware.yaml"):
+        for path in ("compose.yaml", "services/worker/hardware.yaml", "services/trainer/hardware.yaml"):
             used |= set(re.findall(r"\$\{([A-Z][A-Z0-9_]+)[:}]", (ROOT / path).read_text()))
         assert offered == used
 
     def test_compose_sets_only_known_variables(self) -> None:
         import yaml
 
-        known = {name.upper() for name in [*Settings.model_fields, *WorkerSettings.model_fields]}
+        settings = (Settings, WorkerSettings, JobsSettings, TrainerSettings)
+        known = {name.upper() for each in settings for name in each.model_fields}
         known |= {"GATEWAY_PROCESSES", "HOME", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN"}
         document = yaml.safe_load((ROOT / "compose.yaml").read_text())
-        hardware = yaml.safe_load((ROOT / "services/worker/hardware.yaml").read_text())
-        for services in (document["services"], hardware["services"]):
+        hardware = [yaml.safe_load((ROOT / f"services/{who}/hardware.yaml").read_text()) for who in ("worker", "trainer")]
+        for services in (each["services"] for each in (document, *hardware)):
             for name, service in services.items():
                 if name != "nginx":
                     assert set(service.get("environment", {})) <= known, name

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
+import xmlrpc.client
 from pathlib import Path
 
 import httpx
 import openai
 from redis import Redis
+from supervisor.xmlrpc import SupervisorTransport
 
 from services.local.plan import ROOT, Dials
 from tests.harness import free_ports, wait_for
@@ -43,9 +45,19 @@ class Up:
         return self.log.read_text() if self.log.exists() else ""
 
     def redis(self) -> Redis:
+        return self.redis_as("gateway")
+
+    def redis_as(self, user: str) -> Redis:
+        """A client of the state redis with a service's rights."""
         dials = Dials(state=self.state, model="", model_name="")
-        password = (dials.secrets / "gateway/redis_password").read_text().strip()
-        return Redis.from_url(dials.redis_url, username="gateway", password=password, decode_responses=True)
+        password = (dials.secrets / user / "redis_password").read_text().strip()
+        return Redis.from_url(dials.redis_url, username=user, password=password, decode_responses=True)
+
+    def program_pid(self, name: str) -> int:
+        """The process id of one of the supervised programs."""
+        transport = SupervisorTransport(None, None, f"unix://{Dials(self.state, '', '').run_dir}/supervisor.sock")
+        proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
+        return int(proxy.supervisor.getProcessInfo(name)["pid"])
 
     def ready(self) -> int:
         return int(httpx.get(self.base + "/ready").json().get("workers", {}).get("ready", 0))

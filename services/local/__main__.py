@@ -106,7 +106,7 @@ def only_one(dials: Dials) -> Iterator[IO[str]]:
 
 def prepare(dials: Dials, progress: Progress) -> Ports:
     """Folders, model, secrets, config files."""
-    for folder in ("logs", "redis", "prometheus", "models"):
+    for folder in ("logs", "redis", "prometheus", "models", "files", "runs", "adapters"):
         (dials.state / folder).mkdir(exist_ok=True)
     dials.run_dir.mkdir(mode=0o711, exist_ok=True)  # nginx drops root: its workers pass through
     if dials.run_dir.stat().st_uid != os.getuid():

@@ -86,6 +86,7 @@ class Ports:
     """Loopback ports of one run."""
 
     gateway: int
+    jobs: int
     prometheus: int
     workers: tuple[int, ...]
 
@@ -110,7 +111,7 @@ def pick_ports(dials: Dials) -> Ports:
             f"PORT={dials.port} is taken by another program. Choose another: make up PORT={dials.port + 100}"
         )
     free = (port for port in range(dials.port + 1, 65535) if is_free(port))
-    return Ports(next(free), next(free), tuple(next(free) for _ in range(dials.workers)))
+    return Ports(next(free), next(free), next(free), tuple(next(free) for _ in range(dials.workers)))
 
 
 def find_redis() -> str:
@@ -161,6 +162,8 @@ def write_configs(dials: Dials, ports: Ports) -> None:
         "UNKNOWN_HOSTS": "",
         "CORS_MAP": " ".join(f'"{origin}" $http_origin;' for origin in origins),
         "GATEWAY_ADDRESS": f"127.0.0.1:{ports.gateway}",
+        "JOBS_ADDRESS": f"127.0.0.1:{ports.jobs}",
+        "MAX_FILE_BYTES": os.environ.get("MAX_FILE_BYTES") or "536870912",
         "MAX_BODY_BYTES": os.environ.get("MAX_BODY_BYTES") or "4194304",
         "READ_TIMEOUT_S": "600",
         "ACCESS_LOG": "/dev/stdout",
@@ -206,6 +209,7 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
             "ADVERTISE_HOST": "127.0.0.1",
             "CPU_THREADS_BIND": cores,
             "KV_TIER": os.environ.get("KV_TIER") or "redis",
+            **({} if os.environ.get("ADAPTERS_DIR") == "" else {"ADAPTERS_DIR": str(dials.state / "adapters")}),
             "KV_SECRET_FILE": str(dials.secrets / "worker/kv_secret"),
             "DRAIN_TIMEOUT_S": "5",
         }, stop_s=25, start_s=5, priority=20))
@@ -214,6 +218,21 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
         "WORKER_TOKEN_FILE": str(dials.secrets / "gateway/worker_token"),
         "CACHE_SECRET_FILE": str(dials.secrets / "gateway/cache_secret"),
     }, priority=30))
+    found.append(Program("jobs", [python, "-m", "services.jobs", "--port", str(ports.jobs)], shared | {
+        "REDIS_PASSWORD_FILE": str(dials.secrets / "jobs/redis_password"),
+        "WORKER_TOKEN_FILE": str(dials.secrets / "jobs/worker_token"),
+        "CACHE_SECRET_FILE": str(dials.secrets / "jobs/cache_secret"),
+        "CACHE_SCOPE": os.environ.get("CACHE_SCOPE") or "key",
+        "FILES_DIR": str(dials.state / "files"),
+    }, priority=30))
+    found.append(Program("trainer", [python, "-m", "services.trainer"], shared | {
+        "REDIS_PASSWORD_FILE": str(dials.secrets / "trainer/redis_password"),
+        "WORKER_TOKEN_FILE": str(dials.secrets / "trainer/worker_token"),
+        "MODEL": dials.model,
+        "FILES_DIR": str(dials.state / "files"),
+        "RUNS_DIR": str(dials.state / "runs"),
+        "ADAPTERS_DIR": str(dials.state / "adapters"),
+    }, stop_s=15, priority=30))
     found.append(Program("nginx", [find_nginx(), "-p", str(run_dir), "-e", "stderr", "-c", str(run_dir / "nginx.conf")],
                          priority=40))
     if prometheus := shutil.which("prometheus"):

@@ -4,6 +4,8 @@ One folder per reader, so that a container mounts nothing it does not need:
 
     DIR/gateway      redis_password  worker_token  cache_secret
     DIR/worker       redis_password  worker_token  kv_secret
+    DIR/jobs         redis_password  worker_token  cache_secret
+    DIR/trainer      redis_password  worker_token
     DIR/redis        users.acl  cache.acl       (digests only)
 """
 
@@ -20,8 +22,16 @@ user health on nopass resetkeys resetchannels -@all +ping
 user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~batch:* \
 resetchannels &workers &keys &held -@all +ping +hello +multi +exec +discard +get +set +del +exists +mget +scan \
 +smembers +srem +hset +hdel +hvals +xadd +xlen +xrange +publish +subscribe +unsubscribe +eval
-user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage ~batch:* \
-resetchannels &workers -@all +ping +hello +multi +exec +discard +set +del +sadd +srem +hset +hdel +xadd +publish +eval
+user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage ~batch:* %R~adapters \
+resetchannels &workers -@all +ping +hello +multi +exec +discard +set +del +sadd +srem +hset +hdel +hgetall +xadd \
++publish +eval
+user jobs on #{jobs} resetkeys %R~key:* %R~worker:* %R~workers ~running:* ~usage ~batch:* ~file:* ~files:* ~ftjob:* \
+~ftjobs:* ~ftqueue ~ftevents:* ~ftcheckpoints:* ~adapters ~bt:* ~bts:* ~btactive resetchannels &workers &keys -@all \
++ping +hello +multi +exec +discard +get +set +del +exists +mget +scan +smembers +sadd +srem +hset +hget +hgetall +hdel \
++zadd +zrem +zcard +zrevrange +rpush +lpush +lrange +xadd +xread +xrevrange +publish +subscribe +unsubscribe +eval
+user trainer on #{trainer} resetkeys %R~worker:* %R~workers ~file:* ~files:* ~ftjob:* ~ftqueue ~fttaken ~ftlease:* \
+~ftevents:* ~ftcheckpoints:* ~adapters resetchannels -@all +ping +hello +multi +exec +discard +get +set +del +mget \
++smembers +hget +hset +hgetall +hsetnx +zadd +rpush +lrange +lrem +ltrim +blmove +eval
 """
 """Each service may do what it does and nothing else; `health` may only PING. `default` is off, so nobody is ever that
 user, but keeps its rights: redis 7.0 replays the AOF as `default`, and without them it drops every transaction and
@@ -53,10 +63,11 @@ def ensure(path: Path, secret: str | None = None) -> str:
 
 def make(root: Path) -> None:
     """Make what is missing below `root`. Raises OSError."""
-    passwords = {who: ensure(root / who / "redis_password") for who in ("gateway", "worker")}
-    ensure(root / "worker" / "worker_token", ensure(root / "gateway" / "worker_token"))
+    passwords = {who: ensure(root / who / "redis_password") for who in ("gateway", "worker", "jobs", "trainer")}
+    for who in ("worker", "trainer", "jobs"):
+        ensure(root / who / "worker_token", ensure(root / "gateway" / "worker_token"))
     digests = {who: sha256(password.encode()).hexdigest() for who, password in passwords.items()}
-    ensure(root / "gateway" / "cache_secret")
+    ensure(root / "jobs" / "cache_secret", ensure(root / "gateway" / "cache_secret"))
     ensure(root / "worker" / "kv_secret")
     write(root / "redis" / "users.acl", ACL.format(**digests))
     write(root / "redis" / "cache.acl", CACHE_ACL.format(**digests))

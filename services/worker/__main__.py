@@ -25,6 +25,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from gateway import logs
+from gateway.adapters import ADAPTERS, Adapter, read_registry
 from gateway.registry import Heartbeat, Model, State
 from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, connect, worker_key
 from services.worker import engine, identity, shm
@@ -35,6 +36,9 @@ STEPS = re.compile(rb"^vllm:iteration_tokens_total_count\{[^}]*\} (\S+)", re.M)
 WAITING = re.compile(rb"^vllm:num_requests_waiting\{[^}]*\} (\S+)", re.M)
 KV_USE = re.compile(rb"^vllm:kv_cache_usage_perc\{[^}]*\} (\S+)", re.M)
 METRICS_EVERY_S = 1.0
+RECONCILE_EVERY_S = 1.0
+RETRY_LOAD_S = 10.0
+LOAD_TIMEOUT_S = 60.0
 STOPPING_TTL_MS = 20_000
 """How long the engine may take to stop before gateways count what it ran as lost."""
 PR_SET_PDEATHSIG = 1
@@ -66,6 +70,8 @@ class Agent:
         self._stepped_at = self._heard_at = time.monotonic()
         self._metrics_at = 0.0
         self._redis_ok = True
+        self._adapters: dict[str, Model] = {}
+        self._next_try: dict[str, float] = {}
 
     async def run(self) -> int:
         """Until told to stop (0) or the engine dies (1)."""
@@ -80,7 +86,12 @@ class Agent:
         try:
             await self._until_healthy()
             if not self._stopping.is_set():
+                if self._settings.adapters_dir is not None:
+                    await self._reconcile()  # first: a new worker comes up with every adapter
+                    reconciling = asyncio.create_task(self._keep_reconciled())
                 await self._announce()
+                if self._settings.adapters_dir is not None:
+                    reconciling.cancel()
             await self._leave()
             return 0
         except EngineDied as error:
@@ -140,6 +151,62 @@ class Agent:
             await self._publish(self._state())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), self._settings.heartbeat_s)
+
+    async def _keep_reconciled(self) -> None:
+        while True:
+            await asyncio.sleep(RECONCILE_EVERY_S)
+            try:
+                await self._reconcile()
+            except Exception:  # a bug here must not end the keeping
+                logger.exception("adapters could not be compared with the registry")
+
+    async def _reconcile(self) -> None:
+        """Load what the registry has and the engine has not; unload what the registry has no more."""
+        try:
+            registry = read_registry(await self._redis.hgetall(ADAPTERS))
+        except (RedisError, OSError):
+            return  # the registry is as it was
+        wanted = {name: adapter for name, adapter in registry.items() if adapter.base == self._settings.served_name}
+        for name in self._adapters.keys() - wanted.keys():
+            model = self._adapters.pop(name)  # from now on no gateway sends anything there
+            self._beat.models = [m for m in self._beat.models if m.id != name]
+            await asyncio.sleep(2 * self._settings.heartbeat_s)
+            await self._engine_lora("unload", {"lora_name": model.id})
+        for name, adapter in wanted.items():
+            if name in self._adapters or self._next_try.get(name, 0.0) > time.monotonic():
+                continue
+            assert self._settings.adapters_dir is not None  # noqa: S101 - else nothing is reconciled
+            path = str(self._settings.adapters_dir / adapter.folder)
+            if await self._engine_lora("load", {"lora_name": name, "lora_path": path}):
+                model = self._describe(adapter)
+                self._adapters[name] = model
+                self._beat.models = [*self._beat.models, model]
+            else:
+                self._next_try[name] = time.monotonic() + RETRY_LOAD_S
+
+    def _describe(self, adapter: Adapter) -> Model:
+        """An adapter as gateways hear of it."""
+        base = self._beat.models[0]
+        revision = f"{base.revision} {adapter.digest}"
+        return Model(
+            id=adapter.name, max_model_len=base.max_model_len, created=adapter.created, parent=base.id,
+            revision=blake2b(revision.encode(), digest_size=16).hexdigest() if base.revision else "",
+        )
+
+    async def _engine_lora(self, verb: str, body: dict[str, str]) -> bool:
+        """Have the engine load or unload an adapter. Returns whether it did."""
+        log = logger.bind(verb=verb, adapter=body["lora_name"])
+        started = time.monotonic()
+        try:
+            answer = await self._http.post(f"/v1/{verb}_lora_adapter", json=body, timeout=LOAD_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            log.warning("adapter not changed", error=type(error).__name__)
+            return False
+        if answer.status_code == 200 or (verb == "load" and "already" in answer.text):
+            log.info("adapter changed", took_s=round(time.monotonic() - started, 2))
+            return True
+        log.warning("adapter not changed", status=answer.status_code, text=answer.text[:500])
+        return False
 
     async def _observe(self) -> None:
         """Ask the engine's process for its load, and now and then for its step counter."""

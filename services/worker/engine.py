@@ -17,6 +17,9 @@ SMALL_MACHINE_CORES = 4
 CPU_STEP_TOKENS = 512
 CUDA_CHUNK_TOKENS = 240
 """Tokens in one redis value on a GPU: 30 MiB for an 8B model, which fits jemalloc's classes (docs/kv-cache.md)."""
+MAX_LORA_RANK = 16
+KEPT_ADAPTERS = 16
+"""Adapters whose weights stay in memory; others are read again from their folder."""
 ENGINE_ID_PREFIX = "owngpt-"
 """Then the agent's process id: whose shared memory a file in /dev/shm is."""
 
@@ -34,6 +37,7 @@ def command(settings: WorkerSettings) -> list[str]:
         "--host", settings.engine_host,
         "--port", str(settings.engine_port),
         "--max-num-seqs", str(settings.max_num_seqs),
+        "--scheduling-policy", "priority",  # batches wait longer
         "--middleware", MIDDLEWARE,
         "--enable-prompt-tokens-details",
         "--enable-auto-tool-choice", "--tool-call-parser", settings.tool_call_parser,
@@ -54,9 +58,22 @@ def command(settings: WorkerSettings) -> list[str]:
             args += ["--quantization", settings.quantization]
     else:
         args += ["--enforce-eager"]
+    if settings.adapters_dir is not None and has_kv_blocks(settings.model):
+        args += adapters(settings)
     if settings.kv_tier == "redis" and has_kv_blocks(settings.model):
         args += kv_tier(settings)
     return args + settings.extra_args
+
+
+def adapters(settings: WorkerSettings) -> list[str]:
+    """The flags that let adapters be loaded while the engine runs."""
+    args = [
+        "--enable-lora", "--max-loras", str(settings.max_loras), "--max-lora-rank", str(MAX_LORA_RANK),
+        "--max-cpu-loras", str(max(settings.max_loras, KEPT_ADAPTERS)),
+    ]  # fmt: skip
+    if settings.accelerator == "cpu":
+        args += ["--worker-cls", "services.worker.cpu.Worker"]
+    return args
 
 
 def shaping(settings: WorkerSettings) -> str:
@@ -107,6 +124,8 @@ def environment(settings: WorkerSettings) -> dict[str, str]:
     env |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
     if Path(settings.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
+    if settings.adapters_dir is not None:
+        env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # behind the worker's token; nginx never routes there
     if settings.accelerator == "cpu":
         env["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
         env["VLLM_CPU_OMP_THREADS_BIND"] = settings.cpu_threads_bind or threads_bind(sorted(os.sched_getaffinity(0)))

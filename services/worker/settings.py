@@ -30,6 +30,8 @@ class WorkerSettings(StateSettings):
     tensor_parallel_size: int = Field(1, ge=1)
     quantization: str = ""
     tool_call_parser: str = "hermes"
+    adapters_dir: Path | None = Field(None, description="published LoRA adapters; unset: none can be served")
+    max_loras: int = Field(4, ge=1, description="different adapters in one engine step")
     kv_tier: Literal["redis", "off"] = Field("off", description="redis: share KV blocks through redis-cache")
     cache_redis_url: str = Field("", pattern=r"^((redis|rediss|unix)://.*)?$", description="redis-cache")
     kv_secret_file: Path | None = None

@@ -1,0 +1,282 @@
+"""The jobs service as a FastAPI app: python -m services.jobs serves it behind nginx.
+
+Knows HTTP; what a file or a job is stands in `files.py` and `tuning.py`.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse
+from loguru import logger
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from gateway import errors, logs
+from gateway.app import answer_api_error, answer_http_exception
+from gateway.auth import Authenticator, bearer
+from gateway.keys import ApiKey
+from gateway.records import Recorder
+from gateway.registry import Feed, WorkerTable, load_workers
+from gateway.relay import open_session
+from gateway.store import CHANNEL_KEYS, CHANNEL_WORKERS, connect
+from services.jobs.asking import Asking
+from services.jobs.batches import Batches, CreateBatch
+from services.jobs.files import UPLOADS, Files, page, too_large
+from services.jobs.pacing import Pacing
+from services.jobs.settings import JobsSettings
+from services.jobs.tuning import CreateJob, Tuning
+
+MULTIPART_OVERHEAD_BYTES = 64 * 1024
+
+
+async def owner(request: Request) -> str:
+    """Whose request this is: the id of its API key."""
+    key: ApiKey = await request.app.state.authenticator.check(bearer(request.scope["headers"]))
+    return key.id
+
+
+Owner = Annotated[str, Depends(owner)]
+After = Annotated[str | None, Query()]
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+def create(settings: JobsSettings) -> FastAPI:
+    """The app."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        redis, table = connect(settings), WorkerTable()
+        app.state.authenticator = authenticator = Authenticator(redis)
+        app.state.files = files = Files(redis, settings.files_dir, settings.max_file_bytes, settings.max_files_per_key)
+        app.state.tuning = tuning = Tuning(redis, files, lambda: base_models(table), settings.max_waiting_jobs)
+
+        session = open_session(settings)
+        recorder = Recorder(connect(settings))
+        asking = Asking(settings, redis, recorder, table, session)
+        pacing = Pacing(redis, table)
+        app.state.batches = batches = Batches(
+            redis, files, settings.files_dir / "batches", asking, lambda: set(table.models()), pacing.room
+        )
+
+        async def on_connect(connection: Any) -> None:
+            authenticator.distrust()
+            await load_workers(connection, table)
+            await tuning.check_again()
+            await batches.go_on()
+
+        feed = Feed(
+            lambda: connect(settings, timeout_s=None),
+            {
+                CHANNEL_WORKERS: table.take,
+                CHANNEL_KEYS: authenticator.forget,
+            },
+            on_connect,
+        )
+        background = [asyncio.create_task(feed.run()), asyncio.create_task(tend(feed, table, files))]
+        background.append(asyncio.create_task(pacing.run(lambda: batches.in_flight)))
+        logger.info("jobs service up")
+        try:
+            yield
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            await tuning.close()
+            await batches.close()
+            await asking.close()
+            await session.close()
+            await recorder.close()
+            await redis.aclose()
+
+    api = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    api.state.max_file_bytes = settings.max_file_bytes
+    api.add_exception_handler(errors.ApiError, answer_api_error)
+    api.add_exception_handler(HTTPException, answer_http_exception)
+    api.add_exception_handler(RequestValidationError, answer_invalid)
+    api.add_exception_handler(ClientDisconnect, answer_nobody)
+
+    @api.get("/health")
+    async def health() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    add_files(api)
+    add_tuning(api)
+    add_models(api)
+    add_batches(api)
+    return api
+
+
+def base_models(table: WorkerTable) -> set[str]:
+    """Models that are no adapters."""
+    return {name for name, model in table.models().items() if model.parent is None}
+
+
+async def tend(feed: Feed, table: WorkerTable, files: Files) -> None:
+    """Forget silent workers; once an hour remove what crashes left on the volume."""
+    seconds = 0
+    while True:
+        if feed.connected:
+            table.expire()
+            if seconds % 3600 == 1 and (removed := await files.sweep()):
+                logger.info("removed files without a record", count=removed)
+            seconds += 1
+        else:
+            table.keep_alive()
+        await asyncio.sleep(1.0)
+
+
+def add_files(api: FastAPI) -> None:
+    """/v1/files."""
+
+    @api.post("/v1/files")
+    async def upload(request: Request, who: Owner) -> dict[str, object]:
+        """A multipart form: `file` and `purpose`."""
+        limit = request.app.state.max_file_bytes
+        length = request.headers.get("content-length", "")
+        if not length.isdigit():
+            raise errors.InvalidRequest("The upload needs a Content-Length.", code="length_required")
+        if int(length) > limit + MULTIPART_OVERHEAD_BYTES:
+            raise too_large(limit)
+        async with request.form(max_files=1, max_fields=8) as form:
+            file, purpose = form.get("file"), form.get("purpose")
+            if not isinstance(file, UploadFile):
+                raise errors.InvalidRequest("The form has no file in its field 'file'.", param="file")
+            if purpose not in UPLOADS:
+                raise errors.InvalidRequest(
+                    f"The purpose is {purpose!r}; it can be {' or '.join(map(repr, UPLOADS))}.", param="purpose"
+                )
+            kept = await request.app.state.files.add(file.file, file.filename or "", purpose, who)
+        return dict(kept.public())
+
+    @api.get("/v1/files")
+    async def list_(
+        request: Request,
+        who: Owner,
+        purpose: str | None = None,
+        after: After = None,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+        order: str = "desc",
+    ) -> dict[str, object]:
+        found = [file.public() for file in await request.app.state.files.owned(who) if purpose in (None, file.purpose)]
+        return page(found[::-1] if order == "asc" else found, after, limit)
+
+    @api.get("/v1/files/{file_id}")
+    async def retrieve(request: Request, who: Owner, file_id: str) -> dict[str, object]:
+        return dict((await request.app.state.files.get(file_id, who)).public())
+
+    @api.get("/v1/files/{file_id}/content")
+    async def content(request: Request, who: Owner, file_id: str) -> Response:
+        file = await request.app.state.files.get(file_id, who)
+        return FileResponse(request.app.state.files.path(file), media_type="application/octet-stream")
+
+    @api.delete("/v1/files/{file_id}")
+    async def delete(request: Request, who: Owner, file_id: str) -> dict[str, object]:
+        file = await request.app.state.files.get(file_id, who)
+        await request.app.state.files.delete(file)
+        return {"id": file.id, "object": "file", "deleted": True}
+
+
+def add_tuning(api: FastAPI) -> None:
+    """/v1/fine_tuning."""
+
+    @api.post("/v1/fine_tuning/jobs")
+    async def create_job(request: Request, who: Owner, asked: CreateJob) -> dict[str, object]:
+        return dict((await request.app.state.tuning.create(asked, who)).public())
+
+    @api.get("/v1/fine_tuning/jobs")
+    async def list_jobs(request: Request, who: Owner, after: After = None, limit: Limit = 20) -> dict[str, object]:
+        wanted = {k[9:-1]: v for k, v in request.query_params.items() if k.startswith("metadata[") and k.endswith("]")}
+        return page(
+            [
+                job.public()
+                for job in await request.app.state.tuning.owned(who)
+                if wanted.items() <= (job.metadata or {}).items()
+            ],
+            after,
+            limit,
+        )
+
+    @api.get("/v1/fine_tuning/jobs/{job_id}")
+    async def get_job(request: Request, who: Owner, job_id: str) -> dict[str, object]:
+        return dict((await request.app.state.tuning.get(job_id, who)).public())
+
+    @api.get("/v1/fine_tuning/jobs/{job_id}/events")
+    async def events(
+        request: Request, who: Owner, job_id: str, after: After = None, limit: Limit = 20
+    ) -> dict[str, object]:
+        job = await request.app.state.tuning.get(job_id, who)
+        return page(await request.app.state.tuning.events(job), after, limit)
+
+    @api.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
+    async def checkpoints(
+        request: Request, who: Owner, job_id: str, after: After = None, limit: Limit = 10
+    ) -> dict[str, object]:
+        job = await request.app.state.tuning.get(job_id, who)
+        return page(await request.app.state.tuning.checkpoints(job), after, limit)
+
+    @api.post("/v1/fine_tuning/jobs/{job_id}/{verb}")
+    async def change(request: Request, who: Owner, job_id: str, verb: str) -> dict[str, object]:
+        tuning = request.app.state.tuning
+        verbs = {"cancel": tuning.cancel, "pause": tuning.pause, "resume": tuning.resume}
+        if verb not in verbs:
+            raise errors.NotFound(f"There is nothing at {request.scope['path']}.")
+        return dict((await verbs[verb](await tuning.get(job_id, who))).public())
+
+
+def add_batches(api: FastAPI) -> None:
+    """/v1/batches."""
+
+    @api.post("/v1/batches")
+    async def create_batch(request: Request, who: Owner, asked: CreateBatch) -> dict[str, object]:
+        return (await request.app.state.batches.create(asked, who)).public()
+
+    @api.get("/v1/batches")
+    async def list_batches(request: Request, who: Owner, after: After = None, limit: Limit = 20) -> dict[str, object]:
+        return page([batch.public() for batch in await request.app.state.batches.owned(who)], after, limit)
+
+    @api.get("/v1/batches/{batch_id}")
+    async def get_batch(request: Request, who: Owner, batch_id: str) -> dict[str, object]:
+        return (await request.app.state.batches.get(batch_id, who)).public()
+
+    @api.post("/v1/batches/{batch_id}/cancel")
+    async def cancel_batch(request: Request, who: Owner, batch_id: str) -> dict[str, object]:
+        batches = request.app.state.batches
+        return (await batches.cancel(await batches.get(batch_id, who))).public()
+
+
+def add_models(api: FastAPI) -> None:
+    """DELETE /v1/models/{name}; the gateway answers for the rest of /v1/models."""
+
+    @api.delete("/v1/models/{name:path}")
+    async def delete(request: Request, who: Owner, name: str) -> dict[str, object]:
+        await request.app.state.tuning.delete_model(name, who)
+        return {"id": name, "object": "model", "deleted": True}
+
+
+async def answer_nobody(request: Request, error: Exception) -> Response:
+    """The client left in the middle of its upload; nothing of it was kept, and nobody reads this."""
+    return Response(status_code=499)
+
+
+async def answer_invalid(request: Request, error: Exception) -> Response:
+    """Pydantic's complaint in OpenAI's shape: the first field, all of them in the text."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it only
+    problems = [
+        (".".join(str(p) for p in e["loc"] if p not in ("body", "query")), e["msg"], e.get("input"))
+        for e in error.errors()
+    ]
+    text = "; ".join(f"{name or 'body'}: {message} (got {str(value)[:100]!r})" for name, message, value in problems)
+    return await answer_api_error(request, errors.InvalidRequest(text, param=problems[0][0] or None))
+
+
+def from_environment() -> FastAPI:
+    """The factory that uvicorn calls."""
+    settings = JobsSettings()  # filled from the environment
+    logs.configure("jobs", settings.log_level)
+    return create(settings)

@@ -1,0 +1,372 @@
+"""The Batch API: a file of requests, answered when the engines have nothing better to do.
+
+https://platform.openai.com/docs/api-reference/batch
+
+    validating ─▶ in_progress ─▶ finalizing ─▶ completed          cancelling ─▶ cancelled
+        └▶ failed       └─────────────┴▶ expired
+
+A result is a line in a results file, on disk before it is counted. After a crash the lines that are there are not asked
+again; all others are. Requests go through the gateway's own request path, in this process, as their owner.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from loguru import logger
+from pydantic import BaseModel, ConfigDict, Field
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from gateway import errors
+from services.jobs import lines
+from services.jobs.files import Files
+from services.jobs.store import File, batch_key, batches_key, is_id, move_key, new_id, pack, unpack
+
+State = Literal[
+    "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+]
+ACTIVE = "btactive"
+WINDOW_S = 24 * 3600
+MAX_TRIES = 4
+RETRY_S = 0.5
+WRITE_EVERY_S = 0.1
+POLL_S = 0.1
+RETRIED = (429, 502, 503, 504)
+
+Ask = Callable[[str, bytes, str, str], Any]
+"""(endpoint, body, owner, request id) -> awaitable of (status, body)."""
+
+
+class CreateBatch(BaseModel):
+    """The body of POST /v1/batches."""
+
+    model_config = ConfigDict(extra="forbid")
+    input_file_id: str
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    completion_window: Literal["24h"]
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        None, max_length=16
+    )
+
+
+class Batch(msgspec.Struct, kw_only=True):
+    """A batch. `results` and `errors_` are the ids its files have from the start and show at the end."""
+
+    id: str
+    owner: str
+    status: State
+    endpoint: str
+    input_file_id: str
+    completion_window: str
+    created_at: int
+    expires_at: int
+    results: str
+    failures: str
+    metadata: dict[str, str] | None = None
+    model: str | None = None
+    errors: list[dict[str, Any]] = []
+    in_progress_at: int | None = None
+    finalizing_at: int | None = None
+    completed_at: int | None = None
+    failed_at: int | None = None
+    expired_at: int | None = None
+    cancelling_at: int | None = None
+    cancelled_at: int | None = None
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+    usage: dict[str, int] = {}
+
+    def public(self) -> dict[str, object]:
+        """In OpenAI's shape (openai.types.Batch)."""
+        shown = msgspec.to_builtins(self)
+        for private in ("owner", "results", "failures", "total", "completed", "failed"):
+            shown.pop(private)
+        used = self.usage or {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
+        return shown | {
+            "object": "batch",
+            "errors": {"object": "list", "data": self.errors} if self.errors else None,
+            "request_counts": {"total": self.total, "completed": self.completed, "failed": self.failed},
+            "usage": {
+                "input_tokens": used["input_tokens"],
+                "input_tokens_details": {"cached_tokens": used["cached_tokens"]},
+                "output_tokens": used["output_tokens"],
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": used["input_tokens"] + used["output_tokens"],
+            },
+        }
+
+
+class Result(NamedTuple):
+    """An answered line, on its way to disk."""
+
+    ok: bool
+    row: dict[str, Any]
+
+
+class Batches:
+    """Batches of all owners. `room` says whether one more request may start now."""
+
+    def __init__(
+        self, redis: Redis, files: Files, folder: Path, ask: Ask, models: Callable[[], set[str]],
+        room: Callable[[int], bool],
+    ) -> None:
+        self._redis, self._files, self._folder = redis, files, folder
+        self._ask, self._models, self._room = ask, models, room
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.in_flight = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    async def create(self, asked: CreateBatch, owner: str) -> Batch:
+        """Write a batch down and start it."""
+        file = await self._files.get(asked.input_file_id, owner, "input_file_id")
+        if file.purpose != "batch":
+            raise errors.InvalidRequest(
+                f"The file {file.id!r} was not uploaded with purpose 'batch'.", param="input_file_id"
+            )
+        now = int(time.time())
+        batch = Batch(
+            id=new_id("batch"), owner=owner, status="validating", endpoint=asked.endpoint, input_file_id=file.id,
+            completion_window=asked.completion_window, created_at=now, expires_at=now + WINDOW_S,
+            metadata=asked.metadata, results=new_id("file"), failures=new_id("file"),
+        )  # fmt: skip
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(batch_key(batch.id), mapping=pack(msgspec.to_builtins(batch)))
+            pipe.zadd(batches_key(owner), {batch.id: time.time()})
+            pipe.sadd(ACTIVE, batch.id)
+            await pipe.execute()
+        self._begin(batch.id)
+        return batch
+
+    async def get(self, batch_id: str, owner: str) -> Batch:
+        """A batch of this owner. Raises NotFound."""
+        raw = await self._redis.hgetall(batch_key(batch_id)) if is_id(batch_id, "batch") else {}
+        if not raw or (batch := unpack(raw, Batch)).owner != owner:
+            raise errors.NotFound(f"There is no batch {batch_id!r}.", code="batch_not_found")
+        return batch
+
+    async def owned(self, owner: str) -> list[Batch]:
+        """An owner's batches, newest first."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for batch_id in await self._redis.zrevrange(batches_key(owner), 0, -1):
+                pipe.hgetall(batch_key(batch_id))
+            return [unpack(raw, Batch) for raw in await pipe.execute() if raw]
+
+    async def cancel(self, batch: Batch) -> Batch:
+        """No further request starts; what runs is kept. Raises InvalidRequest when it is over."""
+        status = await self._move(
+            batch, ("validating", "in_progress"), status="cancelling", cancelling_at=int(time.time())
+        )
+        if status not in ("ok", "cancelling"):
+            text = f"The batch {batch.id} is {status}; it cannot be cancelled."
+            raise errors.InvalidRequest(text, code="wrong_state")
+        return await self.get(batch.id, batch.owner)
+
+    async def go_on(self) -> None:
+        """Take up what a crash of this service interrupted."""
+        for batch_id in await self._redis.smembers(ACTIVE):
+            self._begin(str(batch_id))
+
+    async def close(self) -> None:
+        """Stop; `go_on` goes on."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    # --- one batch -----------------------------------------------------------------------------
+
+    def _begin(self, batch_id: str) -> None:
+        if batch_id not in self._tasks:
+            task = self._tasks[batch_id] = asyncio.create_task(self._keep_running(batch_id))
+            task.add_done_callback(lambda _: self._tasks.pop(batch_id, None))
+
+    async def _keep_running(self, batch_id: str) -> None:
+        while True:
+            try:
+                await self._run(unpack(await self._redis.hgetall(batch_key(batch_id)), Batch))
+                await self._redis.srem(ACTIVE, batch_id)
+                return
+            except (RedisError, OSError) as error:
+                logger.warning("a batch waits", batch=batch_id, error=str(error))
+            except KeyError:
+                await self._redis.srem(ACTIVE, batch_id)
+                return
+            except Exception:
+                logger.exception("a batch failed and starts again", batch=batch_id)
+            await asyncio.sleep(5.0)
+
+    async def _run(self, batch: Batch) -> None:
+        """From whatever state it is in to the end."""
+        source = self._files.path(await self._files.get(batch.input_file_id, batch.owner))
+        while not (models := self._models()):  # noqa: ASYNC110 - nothing tells when the first worker comes
+            await asyncio.sleep(0.5)
+        found, problems, used = await asyncio.to_thread(lines.check, source, batch.endpoint, models)
+        now = int(time.time())
+        if batch.status == "validating":
+            if problems:
+                await self._move(batch, ("validating",), status="failed", errors=problems, failed_at=now)
+                return
+            model = used.pop() if len(used) == 1 else None
+            await self._move(
+                batch, ("validating",), status="in_progress", in_progress_at=now, total=len(found), model=model
+            )
+        if batch.status in ("failed", "completed", "cancelled", "expired"):
+            return
+        results = Results(self._where(batch.results), self._where(batch.failures))
+        await asyncio.to_thread(results.recover)
+        pending = [line for line in found if line.custom_id not in results.ids]
+        ended: State = await self._answer(batch, source, pending, results)
+        await self._finish(batch, results, ended)
+
+    async def _answer(self, batch: Batch, source: Path, pending: list[lines.Line], results: "Results") -> State:
+        """Ask every pending line, as there is room. Returns how it ended."""
+        ended: State = "completed"
+        running: set[asyncio.Task[None]] = set()
+        writing = asyncio.create_task(self._write(batch, results))
+        try:
+            waiting = pending[::-1]
+            while waiting:
+                status = await self._redis.hget(batch_key(batch.id), "status")
+                if status == "cancelling":
+                    ended = "cancelled"
+                    break
+                if time.time() > batch.expires_at:
+                    ended = "expired"
+                    break
+                while waiting and self._room(self.in_flight):
+                    self.in_flight += 1
+                    task = asyncio.create_task(self._one(batch, source, waiting.pop(), results))
+                    running.add(task)
+                    task.add_done_callback(running.discard)
+                await asyncio.sleep(POLL_S)
+            await asyncio.gather(*running)
+            if ended == "expired":
+                for line in waiting:
+                    results.add(Result(False, expired(line)))
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+        return ended
+
+    async def _one(self, batch: Batch, source: Path, line: lines.Line, results: "Results") -> None:
+        """One request, tried again while only the moment is at fault."""
+        request_id = f"{batch.id}-{line.number}"
+        try:
+            body = await asyncio.to_thread(lines.body, source, line)
+            for attempt in range(1, MAX_TRIES + 1):
+                status, answer = await self._ask(batch.endpoint, body, batch.owner, request_id)
+                while status == 503 and time.time() < batch.expires_at:  # nobody is there: that costs no try
+                    await asyncio.sleep(RETRY_S)
+                    status, answer = await self._ask(batch.endpoint, body, batch.owner, request_id)
+                if status not in RETRIED or attempt == MAX_TRIES:
+                    break
+                await asyncio.sleep(RETRY_S * 2**attempt)
+            results.add(Result(status == 200, {
+                "id": f"batch_req_{batch.id[6:]}_{line.number}", "custom_id": line.custom_id,
+                "response": {"status_code": status, "request_id": request_id, "body": json.loads(answer)},
+                "error": None,
+            }))  # fmt: skip
+        finally:
+            self.in_flight -= 1
+
+    async def _write(self, batch: Batch, results: "Results") -> None:
+        """Bring results to disk several times a second, then count them."""
+        while True:
+            await asyncio.sleep(WRITE_EVERY_S)
+            if await asyncio.to_thread(results.flush):
+                with contextlib.suppress(RedisError, OSError):
+                    await self._count(batch, results)
+
+    async def _count(self, batch: Batch, results: "Results") -> None:
+        await self._move(
+            batch, ("in_progress", "cancelling", "finalizing"), completed=results.completed, failed=results.failed,
+            usage=results.usage,
+        )  # fmt: skip
+
+    async def _finish(self, batch: Batch, results: "Results", ended: State) -> None:
+        """Show the files, then the last state. Every step can be done twice."""
+        await asyncio.to_thread(results.flush)
+        await self._count(batch, results)
+        now = int(time.time())
+        await self._move(batch, ("in_progress",), status="finalizing", finalizing_at=now)
+        shown: dict[str, Any] = {}
+        for param, file_id, name in (
+            ("output_file_id", batch.results, "output"), ("error_file_id", batch.failures, "error")
+        ):  # fmt: skip
+            where = self._where(file_id)
+            if where.exists():
+                shown_name, size = f"{batch.id}_{name}.jsonl", where.stat().st_size
+                file = File(file_id, batch.owner, shown_name, "batch_output", size, now)
+                await self._files.adopt(where, file)
+                shown[param] = file_id
+        await self._move(
+            batch, ("finalizing", "cancelling"), status=ended, **shown, **{f"{ended}_at": int(time.time())}
+        )
+        logger.info("batch ends", batch=batch.id, status=ended, completed=results.completed, failed=results.failed)
+
+    async def _move(self, batch: Batch, allowed: tuple[str, ...], **fields: Any) -> str:
+        return str(await self._redis.eval(*move_key(batch_key(batch.id), allowed, **fields)))
+
+    def _where(self, file_id: str) -> Path:
+        """A results file: among the files once the batch was finished, before that in a folder of its own."""
+        finished = self._files.folder / file_id
+        return finished if finished.exists() else self._folder / file_id
+
+
+class Results:
+    """The two results files of a running batch, and what is in them."""
+
+    def __init__(self, good: Path, bad: Path) -> None:
+        self._paths = {True: good, False: bad}
+        self._waiting: list[Result] = []
+        self.ids: set[str] = set()
+        self.completed = self.failed = 0
+        self.usage: dict[str, int] = {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
+
+    def recover(self) -> None:
+        """Read what is there."""
+        good, bad = (lines.answered(self._paths[ok]) for ok in (True, False))
+        self.ids = good["ids"] | bad["ids"]
+        self.completed, self.failed = len(good["ids"]), len(bad["ids"])
+        self.usage = good["usage"]
+
+    def add(self, result: Result) -> None:
+        """Take a result; `flush` brings it to disk."""
+        self._waiting.append(result)
+
+    def flush(self) -> int:
+        """Write what waits, to the disk itself. Returns how many results that were."""
+        batch, self._waiting = self._waiting, []
+        for ok, path in self._paths.items():
+            rows = [result.row for result in batch if result.ok is ok]
+            if not rows:
+                continue
+            with open(path, "ab") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        for result in batch:
+            self.completed += result.ok
+            self.failed += not result.ok
+            lines.add_usage(self.usage, result.row)
+        return len(batch)
+
+
+def expired(line: lines.Line) -> dict[str, Any]:
+    """The result of a line that nobody had time for."""
+    return {
+        "id": f"batch_req_{line.number}", "custom_id": line.custom_id, "response": None,
+        "error": {"code": "batch_expired", "message": "The batch's time was over before this ran."},
+    }  # fmt: skip

@@ -1,0 +1,82 @@
+"""What `Pace` is told: the workers' reports, and the TTFT of everybody who is no batch, from the usage stream."""
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+from loguru import logger
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from gateway.records import Record
+from gateway.registry import WorkerTable
+from gateway.store import USAGE
+from services.jobs.pace import REMEMBERED, Pace
+
+LOOK_EVERY_S = 0.1
+BATCH_REQUEST = "batch-"
+"""How the request ids of batches begin."""
+
+
+class Pacing:
+    """Keeps a `Pace` informed."""
+
+    def __init__(self, redis: Redis, table: WorkerTable) -> None:
+        self._redis, self._table = redis, table
+        self.pace = Pace()
+        self._interactive = 0
+        self._last = "$"
+
+    def room(self, in_flight: int) -> bool:
+        """Whether one more batch request may start now."""
+        return self.pace.room(in_flight, self._interactive)
+
+    async def run(self, in_flight: Callable[[], int]) -> None:
+        """Until cancelled. `in_flight` counts our own requests."""
+        beside = False
+        while True:
+            try:
+                if self._last == "$":
+                    self.pace.learn(await self._history())
+                ttfts = await self._news()
+                beats = [worker.beat for worker in self._table.workers.values() if worker.beat.state == "ready"]
+                mine = in_flight()
+                self._interactive = max(0, sum(beat.in_flight for beat in beats) - mine)
+                if not beside:  # nothing of ours ran since the last look
+                    self.pace.learn(ttfts)
+                self.pace.look(
+                    slots=sum(beat.slots for beat in beats), interactive=self._interactive,
+                    waiting=sum(beat.waiting for beat in beats), ttfts_s=ttfts if beside else [],
+                )  # fmt: skip
+                beside = mine > 0
+            except (RedisError, OSError) as error:
+                logger.warning("batches go on at their last pace", error=str(error))
+                await asyncio.sleep(1.0)
+            except Exception:
+                logger.exception("the pace of batches could not be set")
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _history(self) -> list[float]:
+        """TTFTs before we came."""
+        entries = await self._redis.xrevrange(USAGE, count=REMEMBERED)
+        self._last = entries[0][0] if entries else "0"
+        return interactive_ttfts(entries[::-1])
+
+    async def _news(self) -> list[float]:
+        """TTFTs since the last look."""
+        found = await self._redis.xread({USAGE: self._last}, count=1000)
+        if not found:
+            return []
+        entries = found[0][1]
+        self._last = entries[-1][0]
+        return interactive_ttfts(entries)
+
+
+def interactive_ttfts(entries: list[tuple[str, dict[str, str]]]) -> list[float]:
+    """TTFT in seconds of each answered request that is no batch's."""
+    records = (msgspec.json.decode(fields["r"], type=Record) for _, fields in entries)
+    return [
+        record.ttft_s for record in records
+        if record.ttft_s is not None and record.outcome == "ok" and not record.request_id.startswith(BATCH_REQUEST)
+        and record.worker != "answer-cache"
+    ]  # fmt: skip

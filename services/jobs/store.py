@@ -1,0 +1,232 @@
+"""What is kept in redis about files and fine-tuning jobs, for the jobs service (async) and the trainer (sync).
+
+file:{id}            string, JSON `File`
+files:{owner}        sorted set of file ids by creation          an owner is an API key's id
+ftjob:{id}           hash, the fields of `Job`                    changed by `MOVE` and `TOUCH` only
+ftjobs:{owner}       sorted set of job ids by creation
+ftqueue, fttaken     lists of job ids: waiting, and taken by a trainer
+ftlease:{id}         string with a TTL: a trainer works on it
+ftevents:{id}        list of JSON events, oldest first
+ftcheckpoints:{id}   list of JSON checkpoints, oldest first
+"""
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+FT_QUEUE = "ftqueue"
+FT_TAKEN = "fttaken"
+LEASE_MS = 15_000
+MAX_EVENTS = 20_000
+MAX_ERROR_EVENTS = 1000
+
+Purpose = Literal["fine-tune", "batch", "batch_output", "fine-tune-results"]
+Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+FINISHED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
+
+_ID = re.compile(r"[a-z]{2,12}-[0-9a-f]{24}")
+
+
+class File(msgspec.Struct):
+    """An uploaded or produced file. Its bytes are FILES_DIR/{id}."""
+
+    id: str
+    owner: str
+    filename: str
+    purpose: Purpose
+    bytes: int
+    created_at: int
+
+    def public(self) -> dict[str, object]:
+        """In OpenAI's shape."""
+        return {
+            "id": self.id,
+            "object": "file",
+            "bytes": self.bytes,
+            "created_at": self.created_at,
+            "filename": self.filename,
+            "purpose": self.purpose,
+            "status": "processed",
+        }
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """A fine-tuning job. `wish` is what its owner asked for and the trainer has not done yet."""
+
+    id: str
+    owner: str
+    status: Status
+    created_at: int
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: str | None = None
+    seed: int
+    hyperparameters: dict[str, Any]
+    metadata: dict[str, str] | None = None
+    wish: Literal["", "cancel", "pause"] = ""
+    fine_tuned_model: str | None = None
+    finished_at: int | None = None
+    estimated_finish: int | None = None
+    trained_tokens: int | None = None
+    result_files: list[str] = []
+    error: dict[str, Any] | None = None
+
+    def public(self) -> dict[str, object]:
+        """In OpenAI's shape (openai.types.fine_tuning.FineTuningJob)."""
+        return {
+            "id": self.id,
+            "object": "fine_tuning.job",
+            "created_at": self.created_at,
+            "model": self.model,
+            "status": self.status,
+            "training_file": self.training_file,
+            "validation_file": self.validation_file,
+            "seed": self.seed,
+            "hyperparameters": self.hyperparameters,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": self.hyperparameters}},
+            "metadata": self.metadata,
+            "organization_id": "owngpt",
+            "integrations": [],
+            "fine_tuned_model": self.fine_tuned_model,
+            "finished_at": self.finished_at,
+            "estimated_finish": self.estimated_finish,
+            "trained_tokens": self.trained_tokens,
+            "result_files": self.result_files,
+            "error": self.error,
+            "user_provided_suffix": self.suffix,
+        }
+
+
+def new_id(kind: str) -> str:
+    """An id that is also a safe file name."""
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def is_id(text: str, kind: str) -> bool:
+    """Whether a client's text has the shape of our ids of this kind; nothing else ever becomes a path or a key."""
+    return text.startswith(kind + "-") and _ID.fullmatch(text) is not None
+
+
+def file_key(file_id: str) -> str:
+    """Where a file's record lives."""
+    return f"file:{file_id}"
+
+
+def files_key(owner: str) -> str:
+    """Where an owner's files are listed."""
+    return f"files:{owner}"
+
+
+def job_key(job_id: str) -> str:
+    """Where a job lives."""
+    return f"ftjob:{job_id}"
+
+
+def jobs_key(owner: str) -> str:
+    """Where an owner's jobs are listed."""
+    return f"ftjobs:{owner}"
+
+
+def batch_key(batch_id: str) -> str:
+    """Where a batch lives."""
+    return f"bt:{batch_id}"
+
+
+def batches_key(owner: str) -> str:
+    """Where an owner's batches are listed."""
+    return f"bts:{owner}"
+
+
+def lease_key(job_id: str) -> str:
+    """Held by the trainer that works on a job."""
+    return f"ftlease:{job_id}"
+
+
+def events_key(job_id: str) -> str:
+    """Where a job's events are."""
+    return f"ftevents:{job_id}"
+
+
+def checkpoints_key(job_id: str) -> str:
+    """Where a job's checkpoints are."""
+    return f"ftcheckpoints:{job_id}"
+
+
+def pack(fields: dict[str, Any]) -> dict[str, str]:
+    """A job's fields as redis stores them: JSON, but `status` and `wish` plain, for the scripts to compare."""
+    return {name: value if name in ("status", "wish") else json.dumps(value) for name, value in fields.items()}
+
+
+Kind = TypeVar("Kind", bound=msgspec.Struct)
+
+
+def unpack(raw: dict[str, str], kind: type[Kind]) -> Kind:
+    """A job or batch from its hash. Raises KeyError for an empty one."""
+    if not raw:
+        raise KeyError("there is no such thing in redis")
+    return msgspec.convert({n: v if n in ("status", "wish") else json.loads(v) for n, v in raw.items()}, kind)
+
+
+MOVE = """
+-- KEYS[1] the job; ARGV[1] the states it may be in, each between bars; ARGV[2..] fields and values to set
+local status = redis.call('HGET', KEYS[1], 'status')
+if not status then return '' end
+if not string.find(ARGV[1], '|' .. status .. '|', 1, true) then return status end
+redis.call('HSET', KEYS[1], unpack(ARGV, 2))
+return 'ok'
+"""
+
+
+def move_key(key: str, allowed: Iterable[str], **fields: Any) -> tuple[Any, ...]:
+    """Arguments of EVAL that set fields if what lives at `key` is in an allowed state.
+
+    EVAL then says 'ok', else the state it is in ('' for nothing there).
+    """
+    flat = [word for pair in pack(fields).items() for word in pair]
+    return MOVE, 1, key, f"|{'|'.join(allowed)}|", *flat
+
+
+def move(job_id: str, allowed: tuple[Status, ...], **fields: Any) -> tuple[Any, ...]:
+    """`move_key` for a fine-tuning job."""
+    return move_key(job_key(job_id), allowed, **fields)
+
+
+def event(message: str, level: str = "info", data: dict[str, Any] | None = None) -> str:
+    """One event as it is stored; with `data` a metrics event."""
+    return json.dumps(
+        {
+            "id": new_id("ftevent"),
+            "object": "fine_tuning.job.event",
+            "created_at": int(time.time()),
+            "level": level,
+            "message": message,
+            "type": "metrics" if data is not None else "message",
+            "data": data,
+        }
+    )
+
+
+def problem_events(problems: list[dict[str, Any]]) -> list[str]:
+    """One event a problem, so that every bad line is named."""
+    shown = [
+        event(
+            f"{p['param']}, line {p.get('line', 0)}, {p.get('path') or 'row'}: {p.get('message', '')} ({p['code']})",
+            "error",
+        )
+        for p in problems[:MAX_ERROR_EVENTS]
+    ]
+    if len(problems) > MAX_ERROR_EVENTS:
+        shown.append(event(f"… and {len(problems) - MAX_ERROR_EVENTS} more problems", "error"))
+    return shown
+
+
+def invalid_file(problems: list[dict[str, Any]], summary: str) -> dict[str, str]:
+    """The error of a job whose files are at fault."""
+    param = problems[0]["param"]
+    return {"code": f"invalid_{param}", "param": param, "message": summary}

@@ -1,0 +1,177 @@
+"""`make finetune DATA=file`: upload, train, watch, compare. Nothing but the openai SDK against the running stack.
+
+    make finetune DATA=examples/owngpt-qa.jsonl HELDOUT=examples/owngpt-heldout.jsonl
+
+HELDOUT rows are {"question", "answer", "accept"}: an answer is right when it contains `accept`, in any case. Without
+HELDOUT the last row of every twenty is kept out of the training and asked at the end.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import openai
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False)
+POLL_S = 0.5
+SHOWN = 8
+MAX_ANSWER_TOKENS = 64
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """A question that is asked before and after."""
+
+    question: str
+    answer: str
+    accept: str
+
+    def right(self, said: str) -> bool:
+        """Whether an answer counts as right."""
+        return self.accept.lower() in said.lower()
+
+
+def read_heldout(path: Path) -> list[Heldout]:
+    """The rows of a HELDOUT file. Raises ValueError naming the line."""
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                found.append(Heldout(row["question"], row["answer"], row.get("accept") or row["answer"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: a row is {{question, answer, accept}} ({type(error).__name__}: {error})"
+                ) from error
+    return found
+
+
+def hold_out(data: bytes) -> tuple[bytes, list[Heldout]]:
+    """Every twentieth question-and-answer row, and the file without them. Rows of another form stay."""
+    kept, held = [], []
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        pair = None
+        if number % 20 == 0:
+            try:
+                row = json.loads(line)
+                pair = (row.get("question") or row["prompt"], row.get("answer") or row["completion"])
+            except (ValueError, KeyError, TypeError, AttributeError):
+                pair = None  # the stack will say what is wrong with it, if anything is
+        if pair is None:
+            kept.append(line)
+        else:
+            held.append(Heldout(pair[0], pair[1], pair[1]))
+    return b"".join(kept), held
+
+
+def ask(client: openai.OpenAI, model: str, questions: list[Heldout], title: str) -> list[str]:
+    """Greedy answers of a model, with a bar."""
+    said = []
+    with Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True) as progress:
+        for row in progress.track(questions, description=title):
+            answer = client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": row.question}], temperature=0,
+                max_tokens=MAX_ANSWER_TOKENS)  # fmt: skip
+            said.append((answer.choices[0].message.content or "").strip())
+    return said
+
+
+def watch(client: openai.OpenAI, job_id: str) -> Any:
+    """Follow a job to its end: one live line with the loss, other events above it. Returns the job."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    seen: set[str] = set()
+    train = valid = ""
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("waiting", total=None)
+        while True:
+            job = client.fine_tuning.jobs.retrieve(job_id)
+            fresh = []
+            for event in client.fine_tuning.jobs.list_events(job_id, limit=100):
+                if event.id in seen:
+                    break
+                fresh.append(event)
+            for event in reversed(fresh):
+                seen.add(event.id)
+                data: Any = event.data
+                if event.type != "metrics":
+                    console.print(f"  [{'red' if event.level == 'error' else 'dim'}]{event.message}[/]", soft_wrap=True)
+                    continue
+                if "train_loss" in data:
+                    train = f"loss {data['train_loss']:.3f}  {data['tokens_per_s']:.0f} tokens/s"
+                else:
+                    valid = f"  validation loss {data['full_valid_loss']:.3f}"
+                progress.update(task, completed=data["step"], total=data["total_steps"],
+                                description=f"step {data['step']}/{data['total_steps']}  {train}{valid}")
+            if job.status in ("succeeded", "failed", "cancelled"):
+                return job
+            time.sleep(POLL_S)
+
+
+def compare(before: list[str], after: list[str], held: list[Heldout]) -> tuple[int, int]:
+    """Show what changed. Returns how many answers were right (before, after)."""
+    table = Table("question", "before", "after", title="questions that were not trained on", show_lines=True)
+    for row, old, new in list(zip(held, before, after, strict=True))[:SHOWN]:
+        mark = [f"[{'green' if row.right(text) else 'red'}]{text[:160]}[/]" for text in (old, new)]
+        table.add_row(row.question, *mark)
+    console.print(table)
+    return sum(map(Heldout.right, held, before)), sum(map(Heldout.right, held, after))
+
+
+def finetune(client: openai.OpenAI, data: Path, heldout: Path | None, suffix: str | None, epochs: str) -> str:
+    """The whole way. Returns the tuned model's name. Raises SystemExit with a message."""
+    content = data.read_bytes()
+    held = read_heldout(heldout) if heldout else []
+    if not heldout:
+        content, held = hold_out(content)
+    base = next(model.id for model in client.models.list() if not getattr(model, "parent", None))
+    before = ask(client, base, held, f"asking {base}")
+    file = client.files.create(file=(data.name, content), purpose="fine-tune")
+    n_epochs: Any = int(epochs) if epochs.isdigit() else "auto"
+    job = client.fine_tuning.jobs.create(
+        model=base, training_file=file.id, suffix=suffix or openai.omit,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": n_epochs}}})  # fmt: skip
+    console.print(f"job {job.id}  (Ctrl-C stops watching, not the job)")
+    job = watch(client, job.id)
+    if job.status != "succeeded":
+        raise SystemExit(f"finetune: the job has {job.status}: {job.error.message if job.error else ''}")
+    after = ask(client, job.fine_tuned_model, held, f"asking {job.fine_tuned_model}")
+    if held:
+        old, new = compare(before, after, held)
+        console.print(f"right: {old} of {len(held)} before, [bold]{new} of {len(held)}[/] after")
+    console.print(f'\nUse it as any model:  "model": "{job.fine_tuned_model}"\n', markup=False)
+    return str(job.fine_tuned_model)
+
+
+@app.command()
+def main(
+    data: Annotated[
+        Path, typer.Argument(help="JSONL: messages, prompt/completion or question/answer.", exists=True, dir_okay=False)
+    ],
+    heldout: Annotated[
+        Path | None, typer.Option(help="JSONL of {question, answer, accept}.", exists=True, dir_okay=False)
+    ] = None,
+    suffix: Annotated[str, typer.Option(help="A part of the new model's name.")] = "",
+    epochs: Annotated[str, typer.Option(help="How often each row is read: a number or auto.")] = "auto",
+) -> None:
+    """Fine-tune the running stack's model on your own questions, and see what changed."""
+    if "OPENAI_API_KEY" not in os.environ:
+        raise SystemExit('finetune: OPENAI_API_KEY is not set. Start the stack (make up), then: eval "$(make env)"')
+    try:
+        finetune(openai.OpenAI(timeout=120), data, heldout, suffix or None, epochs)
+    except (openai.APIError, ValueError, OSError) as error:
+        raise SystemExit(f"finetune: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("\nfinetune: stopped watching; the job goes on") from None
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,425 @@
+"""The trainer: takes fine-tuning jobs from the queue, one at a time: `python -m services.trainer`.
+
+Each run is a process of its own (`run.py`), so that a crash or a cancel ends the run and nothing else. A job in work is
+held by a lease; whoever starts after a crash takes it up again, and the run goes on from its last checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+from loguru import logger
+from prometheus_client import start_http_server
+from pydantic import ValidationError
+from redis import Redis
+from redis.exceptions import RedisError
+
+from gateway import logs
+from gateway.adapters import ADAPTERS, Adapter, model_name, read_registry
+from services.jobs.store import (
+    FT_QUEUE,
+    FT_TAKEN,
+    LEASE_MS,
+    MAX_EVENTS,
+    File,
+    Job,
+    checkpoints_key,
+    event,
+    events_key,
+    file_key,
+    files_key,
+    invalid_file,
+    job_key,
+    lease_key,
+    move,
+    new_id,
+    problem_events,
+    unpack,
+)
+from services.trainer import metrics, publish
+from services.trainer.plan import Folder, Plan
+from services.trainer.run import DATA_AT_FAULT, PAUSED
+from services.trainer.settings import TrainerSettings
+
+POLL_S = 0.2
+STOP_PATIENCE_S = 8.0
+TIDY_EVERY_S = 600.0
+DELETED_KEPT_S = 3600.0
+
+
+class Stopped(Exception):
+    """The trainer was told to stop; the job stays taken and goes on at the next start."""
+
+
+class Trainer:
+    """One trainer."""
+
+    def __init__(self, settings: TrainerSettings) -> None:
+        self._settings = settings
+        self._redis = Redis.from_url(
+            settings.redis_url,
+            username=settings.redis_user,
+            password=settings.redis_password,
+            decode_responses=True,
+            socket_timeout=10,
+            health_check_interval=30,
+        )
+        self._stopping = threading.Event()
+        self._held = ""
+        self._tidy_at = 0.0
+
+    def stop(self, *_: object) -> None:
+        """Signal handler."""
+        self._stopping.set()
+
+    def serve(self) -> None:
+        """Until told to stop."""
+        logger.info("trainer up", model=self._settings.model)
+        while not self._stopping.is_set():
+            try:
+                if time.monotonic() > self._tidy_at:
+                    self._tidy_at = time.monotonic() + TIDY_EVERY_S
+                    self._tidy()
+                if (job := self._claim()) is not None:
+                    self._work(job)
+            except (RedisError, OSError, httpx.HTTPError) as error:  # the job stays taken and is tried again
+                logger.warning("redis or a worker is away; trying again", error=str(error))
+                self._stopping.wait(1.0)
+            except Stopped:
+                break
+        logger.info("trainer down")
+
+    # --- the queue -----------------------------------------------------------------------------
+
+    def _claim(self) -> Job | None:
+        """A job whose trainer is gone, else the next one of the queue, else None after a second."""
+        for job_id in self._redis.lrange(FT_TAKEN, 0, -1):
+            taken = self._redis.set(lease_key(job_id), "1", nx=True, px=LEASE_MS)
+            if taken and (job := self._start(job_id)) is not None:
+                return job
+        job_id = self._redis.blmove(FT_QUEUE, FT_TAKEN, 1, "RIGHT", "LEFT")
+        if job_id is None:
+            return None
+        self._redis.set(lease_key(job_id), "1", px=LEASE_MS)
+        return self._start(job_id)
+
+    def _start(self, job_id: str) -> Job | None:
+        if self._redis.eval(*move(job_id, ("queued", "running"), status="running")) != "ok":
+            self._drop(job_id)
+            return None
+        self._held = job_id
+        return unpack(self._redis.hgetall(job_key(job_id)), Job)
+
+    def _drop(self, job_id: str) -> None:
+        """This job is nobody's any more."""
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.lrem(FT_TAKEN, 0, job_id)
+            pipe.delete(lease_key(job_id))
+            pipe.execute()
+
+    def _still(self) -> None:
+        """Keep the lease. Raises Stopped."""
+        self._redis.set(lease_key(self._held), "1", px=LEASE_MS)
+        if self._stopping.is_set():
+            raise Stopped
+
+    def _tidy(self) -> None:
+        """Remove adapters that were deleted from the registry, once no worker can be reading them any more."""
+        wanted = {adapter.folder for adapter in read_registry(self._redis.hgetall(ADAPTERS)).values()}
+        for folder in self._settings.adapters_dir.iterdir():
+            if folder.name not in wanted and folder.stat().st_mtime < time.time() - DELETED_KEPT_S:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    # --- a job ---------------------------------------------------------------------------------
+
+    def _work(self, job: Job) -> None:
+        folder = Folder(self._settings.runs_dir / job.id)
+        folder.root.mkdir(parents=True, exist_ok=True)
+        logger.info("job starts", job=job.id)
+        self._say(job, "Fine-tuning job started")
+        metrics.jobs_running.set(1)
+        try:
+            result = self._train(job, folder)
+            if result is not None:
+                self._publish(job, folder, result)
+        except publish.Refused as refused:
+            self._end(job, "failed", error={"code": refused.code, "param": None, "message": str(refused)})
+        except Stopped:
+            self._redis.delete(lease_key(job.id))
+            raise
+        finally:
+            metrics.jobs_running.set(0)
+
+    def _train(self, job: Job, folder: Folder) -> dict[str, float] | None:
+        """Run it to its end. Returns the figures; None when the job has ended or paused without any."""
+        folder.pause.unlink(missing_ok=True)
+        if folder.run.exists():  # trained already; a crash came before it was published
+            return dict(json.loads(folder.run.read_text())["result"])
+        folder.plan.write_bytes(msgspec.json.encode(self._plan(job)))
+        wish = ""
+        with Run(folder) as run:
+            while (said := run.next(POLL_S)) is not ...:
+                if said is not None:
+                    self._hear(job, said)
+                    continue
+                self._redis.set(lease_key(job.id), "1", px=LEASE_MS)
+                if not wish and (wish := self._redis.hget(job_key(job.id), "wish") or ""):
+                    run.kill() if wish == "cancel" else folder.pause.touch()
+                if self._stopping.is_set():
+                    run.stop()
+                    raise Stopped
+        if run.result is not None:
+            return run.result
+        if run.status == DATA_AT_FAULT:
+            rejected = run.rejected or {"problems": [{"param": "training_file", "code": "rejected"}], "summary": ""}
+            self._redis.rpush(events_key(job.id), *problem_events(rejected["problems"]))
+            self._end(job, "failed", error=invalid_file(rejected["problems"], rejected["summary"]))
+        elif wish == "cancel":
+            self._end(job, "cancelled")
+        elif run.status == PAUSED:
+            self._redis.eval(*move(job.id, ("running",), status="paused", wish=""))
+            self._say(job, "The job is paused.")
+            self._drop(job.id)
+        else:
+            self._end(job, "failed", error={"code": "training_failed", "param": None, "message": run.explain()})
+        return None
+
+    def _plan(self, job: Job) -> Plan:
+        files = self._settings.files_dir
+        return msgspec.convert(
+            {
+                "job": job.id,
+                "base": self._settings.model,
+                "seed": job.seed,
+                "max_tokens": self._settings.train_max_tokens,
+                "training_file": str(files / job.training_file),
+                "four_bit": self._settings.train_four_bit,
+                "validation_file": str(files / job.validation_file) if job.validation_file else None,
+                **job.hyperparameters,
+            },
+            Plan,
+        )
+
+    def _hear(self, job: Job, said: dict[str, Any]) -> None:
+        """Pass on what the run says."""
+        kind = said.pop("kind")
+        if kind == "message":
+            self._say(job, said["message"], said["level"])
+        elif kind == "data":
+            self._say(
+                job,
+                f"{said['rows']} training rows with {said['tokens']} tokens, {said['learnt_tokens']} of them learnt; "
+                f"{said['validation_rows']} validation rows; longest: "
+                + ", ".join(f"line {line} ({tokens} tokens)" for line, tokens in said["longest"]),
+            )
+        elif kind == "resolved":
+            self._redis.eval(*move(job.id, ("running",), hyperparameters=said))
+        elif kind == "metrics":
+            metrics.hear(said)
+            loss = said.get("train_loss")
+            text = (
+                f"training loss={loss:.4f}"
+                if loss is not None
+                else f"full validation loss={said['full_valid_loss']:.4f}"
+            )
+            self._say(job, f"Step {said['step']}/{said['total_steps']}: {text}", data=said)
+            if "eta_s" in said:
+                self._redis.eval(*move(job.id, ("running",), estimated_finish=int(time.time() + said["eta_s"])))
+        elif kind == "checkpoint":
+            self._redis.rpush(
+                checkpoints_key(job.id),
+                json.dumps(
+                    {
+                        "id": new_id("ftckpt"),
+                        "object": "fine_tuning.job.checkpoint",
+                        "created_at": int(time.time()),
+                        "fine_tuning_job_id": job.id,
+                        "step_number": said["step"],
+                        "metrics": {"step": said["step"]} | said["metrics"],
+                        "fine_tuned_model_checkpoint": f"{self._name(job)}:ckpt-step-{said['step']}",
+                    }
+                ),
+            )
+
+    def _publish(self, job: Job, folder: Folder, result: dict[str, float]) -> None:
+        """Through the gate and to the workers; then the job has succeeded."""
+        publish.check_loss(result)
+        self._say(job, f"validation loss {result['valid_loss']:.4f}, the base model's {result['base_valid_loss']:.4f}")
+        deadline = time.monotonic() + publish.WORKER_PATIENCE_S
+        while not (workers := publish.ready_workers(self._redis, job.model)):
+            if time.monotonic() > deadline:
+                raise publish.Refused(
+                    "no_worker", f"No worker was ready within {publish.WORKER_PATIENCE_S:g} s to check the model with."
+                )
+            self._still()
+            time.sleep(0.5)
+        count = publish.check_tokens(
+            json.loads(folder.prompts.read_text()), workers, job.model, self._settings.worker_token
+        )
+        self._say(job, f"{count} prompts: trained and served token ids are the same")
+        digest = publish.place(folder.adapter, self._settings.adapters_dir / job.id)
+        adapter = Adapter(self._name(job), job.id, job.model, digest, job.owner, int(time.time()))
+        publish.register(self._redis, adapter)
+        have = publish.wait_until_served(self._redis, adapter, self._still)
+        self._say(job, f"{adapter.name} is served by {have} worker{'s' if have > 1 else ''}")
+        self._end(
+            job,
+            "succeeded",
+            fine_tuned_model=adapter.name,
+            trained_tokens=int(result["trained_tokens"]),
+            result_files=[self._keep(job, folder.metrics)],
+            estimated_finish=None,
+        )
+
+    def _keep(self, job: Job, source: Path) -> str:
+        """Offer a file of the run through the Files API. Returns its id."""
+        file = File(
+            new_id("file"), job.owner, source.name, "fine-tune-results", source.stat().st_size, int(time.time())
+        )
+        target = self._settings.files_dir / file.id
+        target.write_bytes(source.read_bytes())
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.set(file_key(file.id), msgspec.json.encode(file))
+            pipe.zadd(files_key(job.owner), {file.id: time.time()})
+            pipe.execute()
+        return file.id
+
+    def _name(self, job: Job) -> str:
+        return model_name(job.model, job.suffix, job.id)
+
+    def _say(self, job: Job, message: str, level: str = "info", data: dict[str, Any] | None = None) -> None:
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.rpush(events_key(job.id), event(message, level, data))
+            pipe.ltrim(events_key(job.id), -MAX_EVENTS, -1)
+            pipe.execute()
+
+    def _end(self, job: Job, status: str, **fields: Any) -> None:
+        """The last word on a job."""
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.eval(*move(job.id, ("running",), status=status, wish="", finished_at=int(time.time()), **fields))
+            if fields.get("error"):
+                pipe.rpush(events_key(job.id), event(fields["error"]["message"], "error"))
+            pipe.rpush(
+                events_key(job.id),
+                event(f"The job has {status}." if status != "cancelled" else "The job is cancelled."),
+            )
+            pipe.execute()
+        self._drop(job.id)
+        metrics.jobs_ended.labels(status).inc()
+        logger.info("job ends", job=job.id, status=status, error=(fields.get("error") or {}).get("code"))
+
+
+class Run:
+    """The process of one run and what it says."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self.result: dict[str, float] | None = None
+        self.rejected: dict[str, Any] | None = None
+        self.status: int | None = None
+        self._said: queue.Queue[Any] = queue.Queue()
+
+    def __enter__(self) -> "Run":
+        with open(self._folder.log, "ab") as log:
+            self._process = subprocess.Popen(
+                ["nice", "-n", "10", sys.executable, "-m", "services.trainer.run", str(self._folder.root)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads())},
+            )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.status = self._process.wait()
+        self._reader.join()
+
+    def next(self, timeout_s: float) -> Any:
+        """What the run says next; None when it says nothing for a while, `...` at its end."""
+        with contextlib.suppress(queue.Empty):
+            said = self._said.get(timeout=timeout_s)
+            if said is ...:
+                self.status = self._process.wait()
+            elif said["kind"] == "done":
+                self.result = {k: v for k, v in said.items() if k != "kind"}
+                return None
+            elif said["kind"] == "rejected":
+                self.rejected = said
+                return None
+            return said
+        return None
+
+    def kill(self) -> None:
+        """End it now."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Let it write a checkpoint, if it can in time."""
+        self._folder.pause.touch()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_PATIENCE_S)
+
+    def explain(self) -> str:
+        """Why it ended, for its owner."""
+        if self.status == -signal.SIGKILL:
+            return (
+                "The training process was killed, most likely for want of memory. A smaller batch_size, shorter rows "
+                "(TRAIN_MAX_TOKENS) or more memory for the trainer will help."
+            )
+        last = self._folder.log.read_text(errors="replace").strip().splitlines()[-1:]
+        return f"The training process ended with status {self.status}: {last[0][:500] if last else 'it said nothing'}"
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101 - a pipe
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError):
+                self._said.put(json.loads(line))
+        self._said.put(...)
+
+
+def threads() -> int:
+    """How many cores a run may use: half of them.
+
+    A run gives way to everything else (nice). Its threads wait for each other hundreds of times a step, so with as many
+    threads as cores beside busy workers a step takes twenty seconds instead of half a one (docs/log.md).
+    """
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def main() -> None:
+    """Check the settings, serve."""
+    try:
+        settings = TrainerSettings()  # filled from the environment
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            print(f"trainer: {name}: {problem['msg']} (value: {problem.get('input')!r})", file=sys.stderr)
+        raise SystemExit(1) from None
+    logs.configure("trainer", settings.log_level)
+    for folder in (settings.runs_dir, settings.adapters_dir, settings.files_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    if settings.trainer_metrics_port:
+        start_http_server(settings.trainer_metrics_port)
+    trainer = Trainer(settings)
+    signal.signal(signal.SIGTERM, trainer.stop)
+    signal.signal(signal.SIGINT, trainer.stop)
+    trainer.serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What a run is told (`plan.json`), what `auto` means, and where its files are."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+LEARNING_RATE = 5e-4
+"""Times the multiplier. About ten times what full fine-tuning takes (LoRA Without Regret, Thinking Machines 2025)."""
+STEPS_AIMED_AT = 400
+EPOCHS = (3, 10)
+VALIDATION_SHARE = 0.1
+VALIDATION_ROWS = (5, 200)
+
+
+class Lora(msgspec.Struct, frozen=True):
+    """PEFT's LoraConfig. Ranks are vLLM's: 8 or 16."""
+
+    r: Literal[8, 16] = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    target_modules: str = "all-linear"
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """One run. Paths are the trainer's; `auto` is still in the hyperparameters."""
+
+    job: str
+    base: str
+    training_file: str
+    seed: int
+    validation_file: str | None = None
+    n_epochs: int | Literal["auto"] = "auto"
+    batch_size: int | Literal["auto"] = "auto"
+    learning_rate_multiplier: float | Literal["auto"] = "auto"
+    max_tokens: int = 1024
+    lora: Lora = Lora()
+    four_bit: bool = False
+    """Load the base in 4 bits (bitsandbytes, GPU only)."""
+    micro_batch: int = 8
+    """Rows computed at once; the rest of a batch is accumulated."""
+
+
+class Hyperparameters(msgspec.Struct, frozen=True):
+    """What `auto` became."""
+
+    n_epochs: int
+    batch_size: int
+    learning_rate_multiplier: float
+
+
+def resolve(plan: Plan, rows: int) -> Hyperparameters:
+    """Numbers for `auto`, from the count of training rows: batches of a 40th, some hundred steps in 3 to 10 epochs."""
+    batch = plan.batch_size if plan.batch_size != "auto" else min(16, max(1, 2 ** round(math.log2(max(1, rows / 40)))))
+    steps = -(-rows // batch)
+    epochs = plan.n_epochs if plan.n_epochs != "auto" else min(EPOCHS[1], max(EPOCHS[0], round(STEPS_AIMED_AT / steps)))
+    multiplier = plan.learning_rate_multiplier if plan.learning_rate_multiplier != "auto" else 1.0
+    return Hyperparameters(epochs, batch, multiplier)
+
+
+class Folder:
+    """The files of one run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.plan = root / "plan.json"
+        self.checkpoints = root / "checkpoints"
+        self.adapter = root / "adapter"
+        self.run = root / "run.json"
+        self.metrics = root / "step_metrics.csv"
+        self.log = root / "log.txt"
+        self.prompts = root / "prompts.json"
+        """Prompts as trained, to be compared with the server's."""
+        self.pause = root / "pause"
+        """While this file exists the run stops at its next step, resumable."""
+
+
+def write_json(path: Path, value: object) -> None:
+    """All of it or nothing."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,27 @@
+"""What the trainer can be told, read once from the environment. `.env.example` explains each."""
+
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import Field
+
+from gateway.settings import StateSettings, read_secret
+
+
+class TrainerSettings(StateSettings):
+    """Names are the environment variables in lower case."""
+
+    redis_user: str = "trainer"
+    worker_token_file: Path
+    model: str = Field(description="the checkpoint folder the workers serve")
+    files_dir: Path
+    runs_dir: Path = Field(description="one folder a job: plan, checkpoints, log, run.json")
+    adapters_dir: Path = Field(description="published adapters; workers read it")
+    train_max_tokens: int = Field(1024, ge=32, description="longer rows are cut")
+    train_four_bit: bool = Field(False, description="load the base in 4 bits (GPU only)")
+    trainer_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus text; 0: none")
+
+    @cached_property
+    def worker_token(self) -> str:
+        """The token workers ask for."""
+        return read_secret(self.worker_token_file)

@@ -1,0 +1,271 @@
+"""From a file to a tuned model through the unmodified openai SDK: the embedded stack, two real workers, real training.
+
+Trainings here are small: they show that the way is whole. What it is good for is measured by `make bench-lifecycle`.
+"""
+
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from services.local.plan import ROOT
+from tests.harness import wait_for
+from tests.up import MODEL, Up
+
+ROWS = [json.loads(line) for line in (ROOT / "examples/owngpt-qa.jsonl").read_text().splitlines()]
+PATIENCE_S = 400
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    state = tmp_path_factory.mktemp("lifecycle") / "state"
+    state.mkdir()
+    kept = ROOT / ".state/models"
+    if kept.exists():
+        (state / "models").symlink_to(kept)
+    print("\nstarting two real workers (about a minute)", flush=True)
+    stack = Up(state, 2)
+    yield stack
+    stack.launcher.send_signal(signal.SIGINT)
+    with contextlib.suppress(Exception):
+        stack.launcher.wait(60)
+
+
+def jsonl(rows: list) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def upload(up: Up, rows: list, name: str = "rows.jsonl") -> str:
+    return up.sdk.files.create(file=(name, jsonl(rows)), purpose="fine-tune").id
+
+
+def job(up: Up, file: str, epochs: int = 1, **fields: object) -> str:
+    return up.sdk.fine_tuning.jobs.create(
+        model=MODEL, training_file=file, seed=1,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}}, **fields).id
+
+
+def ended(up: Up, job_id: str, *states: str) -> object:
+    states = states or ("succeeded", "failed", "cancelled")
+    wait_for(lambda: up.sdk.fine_tuning.jobs.retrieve(job_id).status in states, f"job {states}", PATIENCE_S)
+    return up.sdk.fine_tuning.jobs.retrieve(job_id)
+
+
+def messages(up: Up, job_id: str) -> list[str]:
+    return [event.message for event in up.sdk.fine_tuning.jobs.list_events(job_id, limit=100)]
+
+
+class TestFiles:
+    def test_the_life_of_a_file(self, up: Up) -> None:
+        content = jsonl(ROWS[:12])
+        file = up.sdk.files.create(file=("my data.jsonl", content), purpose="fine-tune")
+        assert (file.object, file.filename, file.bytes, file.purpose) == ("file", "my data.jsonl", len(content), "fine-tune")
+        assert up.sdk.files.retrieve(file.id) == file
+        assert file.id in [f.id for f in up.sdk.files.list(purpose="fine-tune")]
+        assert file.id not in [f.id for f in up.sdk.files.list(purpose="batch")]
+        assert up.sdk.files.content(file.id).read() == content
+        assert up.sdk.files.delete(file.id).deleted
+        with pytest.raises(openai.NotFoundError):
+            up.sdk.files.retrieve(file.id)
+        assert not list((up.state / "files").glob(f"{file.id}*"))
+
+    def test_pages(self, up: Up) -> None:
+        made = [upload(up, ROWS[:10], f"{n}.jsonl") for n in range(3)]
+        assert [f.id for f in up.sdk.files.list(limit=2)][:3] == made[::-1]  # the SDK turns the pages
+        for file in made:
+            up.sdk.files.delete(file)
+
+    def test_somebody_elses_file_does_not_exist(self, up: Up, tmp_path: Path) -> None:
+        import subprocess
+        import sys
+
+        file = upload(up, ROWS[:10])
+        env = os.environ | {"STATE_DIR": str(up.state)}
+        key = subprocess.run([sys.executable, "-m", "services.local", "key", "other"], cwd=ROOT, env=env,
+                             capture_output=True, text=True, check=True).stdout.strip()
+        other = openai.OpenAI(base_url=up.base + "/v1", api_key=key, max_retries=0)
+        for call in (other.files.retrieve, other.files.content, other.files.delete):
+            with pytest.raises(openai.NotFoundError):
+                call(file)
+        assert file not in [f.id for f in other.files.list()]
+        with pytest.raises(openai.NotFoundError) as caught:
+            other.fine_tuning.jobs.create(model=MODEL, training_file=file)
+        assert caught.value.param == "training_file"
+        up.sdk.files.delete(file)
+
+    @pytest.mark.parametrize("path", ["file-../../secrets/gateway/worker_token", "..%2f..%2fapi_key", "file-" + "0" * 24])
+    def test_no_name_becomes_a_path(self, up: Up, path: str) -> None:
+        answer = httpx.get(f"{up.base}/v1/files/{path}/content", headers={"authorization": f"Bearer {up.key}"})
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"]
+
+    def test_without_a_key_nothing(self, up: Up) -> None:
+        for path in ("/v1/files", "/v1/fine_tuning/jobs"):
+            assert httpx.get(up.base + path).status_code == 401
+
+    def test_bad_uploads_say_what_is_wrong(self, up: Up) -> None:
+        with pytest.raises(openai.BadRequestError, match="purpose"):
+            up.sdk.files.create(file=("a", b"x"), purpose="assistants")
+        with pytest.raises(openai.BadRequestError, match="empty"):
+            up.sdk.files.create(file=("a", b""), purpose="batch")
+
+    def test_an_upload_cut_in_the_middle_leaves_nothing(self, up: Up) -> None:
+        def half() -> Iterator[bytes]:
+            yield b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            yield b'--b\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n' + b"x" * 3_000_000
+            raise ConnectionError
+
+        before = len(list(up.sdk.files.list()))
+        with pytest.raises((ConnectionError, httpx.HTTPError)):
+            httpx.post(f"{up.base}/v1/files", content=half(), headers={
+                "authorization": f"Bearer {up.key}", "content-type": "multipart/form-data; boundary=b",
+                "content-length": str(10_000_000)})
+        time.sleep(1)
+        assert len(list(up.sdk.files.list())) == before
+        assert sum(path.is_file() for path in (up.state / "files").iterdir()) == before
+
+    def test_too_large_is_refused_before_it_is_read(self, up: Up) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", up.port, timeout=5)
+        connection.putrequest("POST", "/v1/files")
+        for name, value in (("authorization", f"Bearer {up.key}"), ("content-type", "multipart/form-data; boundary=b"),
+                            ("content-length", str(600 * 1024 * 1024))):
+            connection.putheader(name, value)
+        connection.endheaders()
+        answer = connection.getresponse()
+        assert answer.status == 413
+        assert "MAX_FILE_BYTES" in json.load(answer)["error"]["message"]
+
+
+class TestJobs:
+    def test_a_bad_file_ends_failed_with_every_line(self, up: Up) -> None:
+        rows = [*ROWS[:10], {"messages": []}, {"question": "q"}, "text"]
+        found = ended(up, job(up, upload(up, rows)))
+        assert found.status == "failed"
+        assert found.fine_tuned_model is None
+        assert (found.error.code, found.error.param) == ("invalid_training_file", "training_file")
+        for line in (11, 12, 13):
+            assert f"line {line}" in found.error.message
+            assert any(f"line {line}," in message for message in messages(up, found.id))
+
+    @pytest.mark.parametrize(("fields", "param"), [
+        ({"model": "gpt-4o"}, "model"),
+        ({"training_file": "file-nope"}, "training_file"),
+        ({"suffix": "../x"}, "suffix"),
+        ({"method": {"type": "dpo"}}, "method.type"),
+        ({"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 0}}}}, None),
+        ({"seed": -1}, "seed"),
+    ])
+    def test_bad_jobs_say_what_is_wrong(self, up: Up, fields: dict, param: str | None) -> None:
+        with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
+            up.sdk.fine_tuning.jobs.create(**{"model": MODEL, "training_file": "file-" + "0" * 24, **fields})
+        assert param is None or caught.value.param == param
+
+    def test_from_file_to_model(self, up: Up) -> None:
+        """Nobody's request to the base model fails meanwhile, and what it says stays the same."""
+        before = up.ask("What is the capital of France?").choices[0].message.content
+        stop, outcome = threading.Event(), {"asked": 0, "failed": 0, "changed": 0}
+
+        def keep_asking() -> None:
+            while not stop.is_set():
+                outcome["asked"] += 1
+                try:
+                    said = up.ask("What is the capital of France?").choices[0].message.content
+                    outcome["changed"] += said != before
+                except openai.APIError:
+                    outcome["failed"] += 1
+                time.sleep(0.5)
+
+        asking = threading.Thread(target=keep_asking)
+        asking.start()
+        try:
+            job_id = job(up, upload(up, ROWS[:40]), epochs=3, suffix="tiny", metadata={"who": "test"})
+            found = ended(up, job_id)
+            assert found.status == "succeeded", messages(up, job_id)[:5]
+            name = found.fine_tuned_model
+            assert name.startswith(f"ft:{MODEL}:tiny:")
+            assert name in [model.id for model in up.sdk.models.list()]
+            for seed in range(8):  # on every worker
+                up.sdk.chat.completions.create(model=name, messages=[{"role": "user", "content": f"{seed}?"}], max_tokens=4)
+        finally:
+            stop.set()
+            asking.join()
+        assert outcome["failed"] == 0
+        assert outcome["changed"] == 0, outcome
+        assert outcome["asked"] > 5
+        assert found.trained_tokens > 0
+        assert found.hyperparameters.n_epochs == 3
+        assert isinstance(found.hyperparameters.batch_size, int)
+        assert found.model_extra is not None
+        csv = up.sdk.files.content(found.result_files[0]).read().decode().splitlines()
+        assert csv[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+        points = list(up.sdk.fine_tuning.jobs.checkpoints.list(job_id))
+        assert [p.step_number for p in points] == sorted((p.step_number for p in points), reverse=True)
+        assert points[0].metrics.full_valid_loss > 0
+        assert any("token ids are the same" in message for message in messages(up, job_id))
+        assert [j.id for j in up.sdk.fine_tuning.jobs.list(metadata={"who": "test"})] == [job_id]
+
+    def test_base_and_tuned_in_one_batch_do_not_mix(self, up: Up) -> None:
+        """vLLM's own CPU code would give base requests the last slot's adapter (docs/decisions/0006)."""
+        name = next(m.id for m in up.sdk.models.list() if m.id.startswith("ft:"))
+        question = "Which port does OwnGPT listen on?"
+
+        def ask(model: str) -> str:
+            answer = up.sdk.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=12,
+                extra_headers={"cache-control": "no-store"})
+            return answer.choices[0].message.content
+
+        alone = {model: ask(model) for model in (MODEL, name)}
+        assert alone[MODEL] != alone[name]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            models = [MODEL, name] * 8
+            together = list(pool.map(ask, models))
+        for model, said in zip(models, together, strict=True):
+            other = alone[name if model == MODEL else MODEL]
+            assert said != other, "an answer of the other model"
+
+    def test_a_new_worker_comes_up_with_it(self, up: Up) -> None:
+        name = next(m.id for m in up.sdk.models.list() if m.id.startswith("ft:"))
+        pid = up.engine_pids()[0]
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: up.ready() == 1, "one gone", 30)
+        wait_for(lambda: up.ready() == 2, "back", 200)
+        log = "".join((up.state / f"logs/worker-{n}.log").read_text() for n in (1, 2))
+        assert log.count('"adapter changed"') >= 3
+        assert up.sdk.chat.completions.create(model=name, messages=[{"role": "user", "content": "?"}], max_tokens=2)
+
+    def test_deleted_it_is_gone_everywhere(self, up: Up) -> None:
+        name = next(m.id for m in up.sdk.models.list() if m.id.startswith("ft:"))
+        with pytest.raises(openai.NotFoundError):
+            up.sdk.models.delete(MODEL)
+        assert up.sdk.models.delete(name).deleted
+        wait_for(lambda: name not in [m.id for m in up.sdk.models.list()], "gone", 10)
+        with pytest.raises((openai.NotFoundError, openai.APIStatusError)):
+            up.sdk.chat.completions.create(model=name, messages=[{"role": "user", "content": "?"}], max_tokens=2)
+
+    def test_pause_resume_cancel(self, up: Up) -> None:
+        job_id = job(up, upload(up, ROWS[:60]), epochs=20)
+        wait_for(lambda: any(m.startswith("Step 2/") for m in messages(up, job_id)), "step 2", PATIENCE_S)
+        waiting = job(up, upload(up, ROWS[:20]))
+        ended(up, waiting, "queued")
+        assert up.sdk.fine_tuning.jobs.cancel(waiting).status == "cancelled"
+        up.sdk.fine_tuning.jobs.pause(job_id)
+        ended(up, job_id, "paused")
+        with pytest.raises(openai.BadRequestError, match="paused"):
+            up.sdk.fine_tuning.jobs.pause(job_id)
+        up.sdk.fine_tuning.jobs.resume(job_id)
+        wait_for(lambda: any(m.startswith("going on from step") for m in messages(up, job_id)), "resumed", PATIENCE_S)
+        up.sdk.fine_tuning.jobs.cancel(job_id)
+        assert ended(up, job_id).status == "cancelled"
+        with pytest.raises(openai.BadRequestError, match="cancelled"):
+            up.sdk.fine_tuning.jobs.resume(job_id)
