@@ -370,7 +370,7 @@ def uncacheable() -> Figures:
     cost: dict[str, list[float]] = {"on": [], "off": []}
     before = os.environ.get("ANSWER_CACHE")
     with workshop() as folder, contextlib.ExitStack() as stacked:
-        mock = free_ports(1, 34000)[0]
+        mock = free_ports(1)[0]
         stacked.enter_context(nginx("mock", STATIC_MOCK, folder, CLIENT, port=mock, answer=ANSWER))
         stacks = {}
         for state in cost:

@@ -182,7 +182,7 @@ def streams() -> Figures:
     """CPU microseconds per chunk: nginx alone, the stack, vllm-router; 64 and 400 streams."""
     found: dict[tuple[str, int], list[float]] = {}
     with workshop() as folder:
-        mock, plain, router = free_ports(3, 33000)
+        mock, plain, router = free_ports(3)
         for count, interval_s in ((64, 0.01), (400, 0.05)):
             mock_command = [*CLIENT, sys.executable, "-m", "bench.mock_upstream", str(mock), str(CHUNKS), str(interval_s)]
             with contextlib.ExitStack() as stacked:
@@ -233,7 +233,7 @@ def rps() -> Figures:
     """Requests per second of servers confined to one core, non-stream, keys checked (vllm-router has none)."""
     found: dict[str, list[float]] = {}
     with workshop() as folder, contextlib.ExitStack() as stacked:
-        mock, router, lite = free_ports(3, 34000)
+        mock, router, lite = free_ports(3)
         stacked.enter_context(nginx("mock", STATIC_MOCK, folder, CLIENT, port=mock, answer=ANSWER))
         (folder / "stack").mkdir()
         ours = stacked.enter_context(stack_with_mock(folder / "stack", mock))
@@ -284,7 +284,7 @@ def ttfb() -> Figures:
 
     found: dict[str, list[float]] = {"stack": [], "direct": []}
     with workshop() as folder, contextlib.ExitStack() as stacked:
-        mock, = free_ports(1, 35000)
+        mock, = free_ports(1)
         stacked.enter_context(nginx("mock", STATIC_MOCK, folder, CLIENT, port=mock, answer=ANSWER))
         (folder / "stack").mkdir()
         ours = stacked.enter_context(stack_with_mock(folder / "stack", mock))

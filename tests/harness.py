@@ -1,6 +1,7 @@
 """Starts real redis, the gateway and real nginx around scripted workers, from the launcher's own templates."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -32,15 +33,24 @@ def wait_for(check: Callable[[], object], what: str, timeout_s: float = 10.0) ->
     raise AssertionError(f"after {timeout_s:g} s: not {what}")
 
 
-def free_ports(count: int, start: int = 21000) -> list[int]:
-    """Free loopback ports."""
-    found = []
-    for port in range(start + os.getpid() % 500 * 20, 60000):
-        if is_free(port):
-            found.append(port)
+BLOCK = 20  # a stack's programs listen next to its port
+BLOCKS = itertools.cycle(range(10000, 32000, BLOCK))
+for _ in range(os.getpid() % 1000):  # two runs on one machine seldom ask for the same ports
+    next(BLOCKS)
+
+
+def free_ports(count: int) -> list[int]:
+    """Free loopback ports, each answer apart from the last ones.
+
+    All lie below 32768: from there on the system gives ports to clients, and one that was free when asked for may be taken
+    by any connection made since.
+    """
+    for _ in range(1000):
+        block = next(BLOCKS)
+        found = [port for port in range(block, block + BLOCK) if is_free(port)][:count]
         if len(found) == count:
             return found
-    raise AssertionError("no free ports")
+    raise AssertionError(f"no {count} free ports side by side")
 
 
 class Stack:

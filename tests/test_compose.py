@@ -14,7 +14,7 @@ from services.local.plan import ROOT
 from tests.harness import free_ports, wait_for
 
 MODEL = "smollm2-135m-instruct"
-PORT = free_ports(1, 50000)[0]
+PORT = free_ports(1)[0]
 ENV = os.environ | {"PORT": str(PORT), "BACKEND_PREFIX": "172.31.241", "COMPOSE_PROJECT_NAME": "owngpt-test"}
 BASE = f"http://127.0.0.1:{PORT}"
 

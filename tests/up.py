@@ -30,7 +30,7 @@ class Up:
     """A running `make up`."""
 
     def __init__(self, state: Path, workers: int, **dials: str) -> None:
-        self.state, self.port = state, free_ports(1, 30000)[0]
+        self.state, self.port = state, free_ports(1)[0]
         self.log = state.parent / f"up-{self.port}.log"
         started = time.monotonic()
         self.launcher = launch(state, self.port, WORKERS=str(workers), **dials)
