@@ -7,6 +7,8 @@ folders are made by us and never used twice: vLLM keeps prefix blocks by name.
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 from loguru import logger
@@ -35,7 +37,7 @@ def model_name(base: str, suffix: str | None, job_id: str) -> str:
     return f"ft:{base}:{suffix or ''}:{job_id.rpartition('-')[2][:12]}"
 
 
-def read_registry(raw: dict[str, str]) -> dict[str, Adapter]:
+def read_registry(raw: Mapping[Any, Any]) -> dict[str, Adapter]:
     """The registry by name. An entry that is not one of ours is left out: its folder would become a path."""
     found = {}
     for name, text in raw.items():

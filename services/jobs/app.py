@@ -234,7 +234,7 @@ def add_batches(api: FastAPI) -> None:
 
     @api.post("/v1/batches")
     async def create_batch(request: Request, who: Owner, asked: CreateBatch) -> dict[str, object]:
-        return (await request.app.state.batches.create(asked, who)).public()
+        return dict((await request.app.state.batches.create(asked, who)).public())
 
     @api.get("/v1/batches")
     async def list_batches(request: Request, who: Owner, after: After = None, limit: Limit = 20) -> dict[str, object]:
@@ -242,12 +242,12 @@ def add_batches(api: FastAPI) -> None:
 
     @api.get("/v1/batches/{batch_id}")
     async def get_batch(request: Request, who: Owner, batch_id: str) -> dict[str, object]:
-        return (await request.app.state.batches.get(batch_id, who)).public()
+        return dict((await request.app.state.batches.get(batch_id, who)).public())
 
     @api.post("/v1/batches/{batch_id}/cancel")
     async def cancel_batch(request: Request, who: Owner, batch_id: str) -> dict[str, object]:
         batches = request.app.state.batches
-        return (await batches.cancel(await batches.get(batch_id, who))).public()
+        return dict((await batches.cancel(await batches.get(batch_id, who))).public())
 
 
 def add_models(api: FastAPI) -> None:

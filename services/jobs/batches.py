@@ -88,7 +88,7 @@ class Batch(msgspec.Struct, kw_only=True):
 
     def public(self) -> dict[str, object]:
         """In OpenAI's shape (openai.types.Batch)."""
-        shown = msgspec.to_builtins(self)
+        shown: dict[str, object] = msgspec.to_builtins(self)
         for private in ("owner", "results", "failures", "total", "completed", "failed"):
             shown.pop(private)
         used = self.usage or {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
@@ -158,7 +158,7 @@ class Batches:
         """An owner's batches, newest first."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for batch_id in await self._redis.zrevrange(batches_key(owner), 0, -1):
-                pipe.hgetall(batch_key(batch_id))
+                pipe.hgetall(batch_key(str(batch_id)))
             return [unpack(raw, Batch) for raw in await pipe.execute() if raw]
 
     async def cancel(self, batch: Batch) -> Batch:

@@ -67,7 +67,7 @@ class Files:
     async def owned(self, owner: str) -> list[File]:
         """An owner's files, newest first."""
         ids = await self._redis.zrevrange(files_key(owner), 0, -1)
-        raws = await self._redis.mget([file_key(i) for i in ids]) if ids else []
+        raws = await self._redis.mget([file_key(str(i)) for i in ids]) if ids else []
         return [msgspec.json.decode(raw, type=File) for raw in raws if raw]
 
     async def delete(self, file: File) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 from loguru import logger
@@ -22,7 +23,8 @@ class Pacing:
     """Keeps a `Pace` informed."""
 
     def __init__(self, redis: Redis, table: WorkerTable) -> None:
-        self._redis, self._table = redis, table
+        self._redis: Any = redis  # its types say bytes or text, read or not; ours is text
+        self._table = table
         self.pace = Pace()
         self._interactive = 0
         self._last = "$"

@@ -14,7 +14,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -158,7 +158,7 @@ def checkpoints_key(job_id: str) -> str:
     return f"ftcheckpoints:{job_id}"
 
 
-def pack(fields: dict[str, Any]) -> dict[str, str]:
+def pack(fields: dict[str, Any]) -> dict[Any, Any]:
     """A job's fields as redis stores them: JSON, but `status` and `wish` plain, for the scripts to compare."""
     return {name: value if name in ("status", "wish") else json.dumps(value) for name, value in fields.items()}
 
@@ -166,7 +166,7 @@ def pack(fields: dict[str, Any]) -> dict[str, str]:
 Kind = TypeVar("Kind", bound=msgspec.Struct)
 
 
-def unpack(raw: dict[str, str], kind: type[Kind]) -> Kind:
+def unpack(raw: Mapping[Any, Any], kind: type[Kind]) -> Kind:
     """A job or batch from its hash. Raises KeyError for an empty one."""
     if not raw:
         raise KeyError("there is no such thing in redis")

@@ -153,7 +153,7 @@ class Tuning:
         ids = await self._redis.zrevrange(jobs_key(owner), 0, -1)
         async with self._redis.pipeline(transaction=False) as pipe:
             for job_id in ids:
-                pipe.hgetall(job_key(job_id))
+                pipe.hgetall(job_key(str(job_id)))
             return [unpack(raw, Job) for raw in await pipe.execute() if raw]
 
     async def cancel(self, job: Job) -> Job:

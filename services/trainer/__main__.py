@@ -104,15 +104,15 @@ class Trainer:
 
     def _claim(self) -> Job | None:
         """A job whose trainer is gone, else the next one of the queue, else None after a second."""
-        for job_id in self._redis.lrange(FT_TAKEN, 0, -1):
+        for job_id in map(str, self._redis.lrange(FT_TAKEN, 0, -1)):
             taken = self._redis.set(lease_key(job_id), "1", nx=True, px=LEASE_MS)
             if taken and (job := self._start(job_id)) is not None:
                 return job
-        job_id = self._redis.blmove(FT_QUEUE, FT_TAKEN, 1, "RIGHT", "LEFT")
-        if job_id is None:
+        next_id = self._redis.blmove(FT_QUEUE, FT_TAKEN, 1, "RIGHT", "LEFT")
+        if next_id is None:
             return None
-        self._redis.set(lease_key(job_id), "1", px=LEASE_MS)
-        return self._start(job_id)
+        self._redis.set(lease_key(str(next_id)), "1", px=LEASE_MS)
+        return self._start(str(next_id))
 
     def _start(self, job_id: str) -> Job | None:
         if self._redis.eval(*move(job_id, ("queued", "running"), status="running")) != "ok":
@@ -174,7 +174,7 @@ class Trainer:
                     self._hear(job, said)
                     continue
                 self._redis.set(lease_key(job.id), "1", px=LEASE_MS)
-                if not wish and (wish := self._redis.hget(job_key(job.id), "wish") or ""):
+                if not wish and (wish := str(self._redis.hget(job_key(job.id), "wish") or "")):
                     run.kill() if wish == "cancel" else folder.pause.touch()
                 if self._stopping.is_set():
                     run.stop()

@@ -108,8 +108,9 @@ def summary(problems: list[Problem], limit: int = 5) -> str:
 def _parse(line: int, raw: bytes, problems: list[Problem]) -> dict[str, object] | None:
     """The object on a line."""
 
-    def wrong(code: str, message: str) -> None:
+    def wrong(code: str, message: str) -> dict[str, object] | None:
         problems.append(Problem(line, "", code, message))
+        return None
 
     if len(raw) > MAX_LINE_BYTES:
         return wrong("line_too_long", f"{len(raw)} bytes; at most {MAX_LINE_BYTES}")

@@ -37,7 +37,7 @@ def load(plan: Plan) -> Any:
     model = AutoModelForCausalLM.from_pretrained(plan.base, dtype=dtype, **options)
     model.config.use_cache = False
     if plan.four_bit:
-        model = prepare_model_for_kbit_training(model)
+        model = prepare_model_for_kbit_training(model)  # type: ignore[no-untyped-call]
     lora = plan.lora
     return get_peft_model(
         model,

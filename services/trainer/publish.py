@@ -78,7 +78,7 @@ def ready_workers(redis: Redis, model: str) -> list[Heartbeat]:
     ids = sorted(redis.smembers(WORKERS))
     beats = [
         msgspec.json.decode(raw, type=Heartbeat)
-        for raw in (redis.mget([worker_key(i) for i in ids]) if ids else [])
+        for raw in (redis.mget([worker_key(str(i)) for i in ids]) if ids else [])
         if raw
     ]
     return [beat for beat in beats if beat.state == "ready" and any(m.id == model for m in beat.models)]

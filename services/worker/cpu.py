@@ -6,7 +6,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 
-class Worker(CPUWorker):
+class Worker(CPUWorker):  # type: ignore[misc]  # untyped
     """One rank of an engine on a CPU."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ Group = tuple[int, torch.Tensor | None]
 """An adapter's slot, and the rows that use it; None: all of them."""
 
 
-class GroupedPunica(PunicaWrapperCPU):
+class GroupedPunica(PunicaWrapperCPU):  # type: ignore[misc]  # untyped
     """The wrapper vLLM's LoRA layers call, one for a model. Interface: vllm/lora/punica_wrapper/punica_base.py."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
