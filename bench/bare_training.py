@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from services.trainer import render
-from services.trainer.plan import LEARNING_RATE, Plan, resolve
+from services.trainer import loop, render
+from services.trainer.plan import Plan, learning_rate, resolve
 from services.trainer.run import read, split
 
 
@@ -24,15 +24,16 @@ def main(root: Path) -> None:
     rows = render.encode_all(split(read(Path(plan.training_file)), plan.seed)[0], tokenizer, plan.max_tokens)[0]
     chosen = resolve(plan, len(rows))
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(plan.base, dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(plan.base, dtype=torch.bfloat16 if loop.computes_bf16() else torch.float32),
         LoraConfig(r=plan.lora.r, lora_alpha=plan.lora.alpha, lora_dropout=plan.lora.dropout,
                    target_modules=plan.lora.target_modules, task_type="CAUSAL_LM"),
     )
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(root / "bare"), seed=plan.seed, use_cpu=True, num_train_epochs=chosen.n_epochs,
-            per_device_train_batch_size=chosen.batch_size, learning_rate=LEARNING_RATE, lr_scheduler_type="cosine",
+            output_dir=str(root / "bare"), seed=plan.seed, use_cpu=True, bf16=loop.computes_bf16(), num_train_epochs=chosen.n_epochs,
+            per_device_train_batch_size=chosen.batch_size, learning_rate=learning_rate(model.config.hidden_size, 1.0),
+            lr_scheduler_type="cosine",
             warmup_steps=0.05, logging_steps=10_000, report_to=[], disable_tqdm=True, save_strategy="no",
         ),
         train_dataset=[{"input_ids": one.input_ids, "labels": one.labels} for one in rows],

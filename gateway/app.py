@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 
+import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from loguru import logger
@@ -18,6 +19,7 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
 from gateway import errors, logs
+from gateway.adapters import CHANNEL_ALIASES, AliasTable
 from gateway.answers import Answers
 from gateway.auth import Authenticator, bearer
 from gateway.decode import ROUTES
@@ -76,7 +78,7 @@ class Gateway:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         settings = self._settings
         registry = CollectorRegistry()
-        metrics, table = GatewayMetrics(registry), WorkerTable()
+        metrics, table, aliases = GatewayMetrics(registry), WorkerTable(), AliasTable()
         redis = connect(settings)
         recorder = Recorder(connect(settings))
         session = open_session(settings)
@@ -95,16 +97,20 @@ class Gateway:
         async def on_connect(connection: Redis) -> None:
             authenticator.distrust()  # a revocation may have been missed
             await load_workers(connection, table)
+            await aliases.load(connection)
 
         feed = Feed(
             lambda: connect(settings, timeout_s=None),
-            {CHANNEL_WORKERS: table.take, CHANNEL_KEYS: authenticator.forget, CHANNEL_HELD: held.learn},
+            {
+                CHANNEL_WORKERS: table.take, CHANNEL_KEYS: authenticator.forget, CHANNEL_HELD: held.learn,
+                CHANNEL_ALIASES: aliases.take,
+            },
             on_connect,
         )
-        app.state.table, app.state.metrics, app.state.registry = table, metrics, registry
+        app.state.table, app.state.aliases, app.state.metrics, app.state.registry = table, aliases, metrics, registry
         self._authenticator = authenticator
         answers = open_answers(settings, metrics)
-        self._path = RequestPath(settings, table, authenticator, held, session, meter, metrics, answers)
+        self._path = RequestPath(settings, table, authenticator, held, session, meter, metrics, answers, aliases)
         background = [
             asyncio.create_task(feed.run(), name="feed"),
             asyncio.create_task(_tend(redis, feed, table, metrics), name="tend"),
@@ -204,17 +210,27 @@ def add_routes(api: FastAPI) -> None:
 
     @api.get("/v1/models")
     async def models(request: Request) -> dict[str, object]:
-        """Every model some worker serves."""
-        found = request.app.state.table.models()
+        """Every model some worker serves, and every alias of one."""
+        found = models_and_aliases(request)
         return {"object": "list", "data": [describe(found[name]) for name in sorted(found)]}
 
     @api.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, object]:
         """One model."""
-        found = request.app.state.table.models().get(name)
+        found = models_and_aliases(request).get(name)
         if found is None:
             raise errors.NotFound(f"The model {name!r} does not exist.", param="model", code="model_not_found")
         return describe(found)
+
+
+def models_and_aliases(request: Request) -> dict[str, Model]:
+    """By name. An alias looks like the model it stands for; what stands for nothing served is left out."""
+    found: dict[str, Model] = request.app.state.table.models()
+    targets: dict[str, str] = request.app.state.aliases.targets
+    return found | {
+        alias: msgspec.structs.replace(found[name], id=alias, parent=name)
+        for alias, name in targets.items() if name in found
+    }
 
 
 def describe(model: Model) -> dict[str, object]:

@@ -393,8 +393,10 @@ class _Metered:
         await self._send({"type": "http.response.body", "body": out, "more_body": False})
 
 
-def rewrite(body: bytes, *, usage: bool, salt: str = "") -> bytes:
-    """The body with `stream_options.include_usage` true, and a `cache_salt`; every other value keeps its very bytes.
+def rewrite(body: bytes, *, usage: bool, salt: str = "", model: str = "") -> bytes:
+    """The body with `stream_options.include_usage` true, a `cache_salt`, another model: whichever is asked for.
+
+    Every other value keeps its very bytes.
 
     A client's own `cache_salt` divides its scope further; it never leads out of it. What is no JSON object is left to
     the engine to refuse.
@@ -413,6 +415,8 @@ def rewrite(body: bytes, *, usage: bool, salt: str = "") -> bytes:
         if own != _NULL:
             salt = blake2b(bytes(own), digest_size=16, key=salt.encode()).hexdigest()
         document["cache_salt"] = msgspec.Raw(b'"%s"' % salt.encode())
+    if model:
+        document["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(document)
 
 

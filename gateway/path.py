@@ -3,7 +3,7 @@
     1 name it          request id
     2 who asks         API key
     3 read             the body, up to the limit
-    4 decode           only the fields the decision needs
+    4 decode           only the fields the decision needs; an alias becomes the model it stands for
     5 look back        did earlier tries of it fail, is it held back
     6 remember         was the same asked before; then its answer is replayed
     7 choose           a worker
@@ -23,6 +23,7 @@ import aiohttp
 from loguru import logger
 
 from gateway import attempts, errors, routing
+from gateway.adapters import AliasTable
 from gateway.answers import BYPASS, HEADER, Answers, Collecting, Question, ask_question, render, replay
 from gateway.auth import Authenticator, bearer
 from gateway.decode import ROUTES, Ask, decode
@@ -106,6 +107,7 @@ class RequestPath:
         meter: Meter,
         metrics: GatewayMetrics,
         answers: Answers | None,
+        aliases: AliasTable,
         priority: bytes = b"",
     ) -> None:
         self._settings = settings
@@ -116,6 +118,7 @@ class RequestPath:
         self._meter = meter
         self._metrics = metrics
         self._answers = answers
+        self._aliases = aliases
         self._scopes = Scopes(settings.cache_secret, settings.cache_scope)
         self._holders = routing.Holders()
         self._decided = {route: metrics.decisions.labels(route, "fast") for route, _ in ROUTES.values()}
@@ -135,6 +138,9 @@ class RequestPath:
             if body is None:
                 return
             ask = decode(path, body, self._settings.max_n)
+            alias = self._aliases.targets.get(ask.model)
+            if alias is not None:
+                ask.model, body = alias, rewrite(body, usage=False, model=alias)
             tried = look_back(scope) if self._settings.edge == "nginx" else attempts.Attempts()
             self._refuse_poison(tried, body)
             cache_scope = self._scopes.of(key)
@@ -164,7 +170,7 @@ class RequestPath:
             asked = rewrite(body, usage=True) if question.stream and not question.usage else body
             with self._answers.flight(question, collecting):
                 await self._relay(worker, request, asked, scope, receive, collecting)
-        elif self._settings.edge == "nginx" and worker.beat.metered:
+        elif self._settings.edge == "nginx" and worker.beat.metered and alias is None:
             self._decided[route].inc()
             await self._accelerate(worker, request, len(tried.tried) + 1, timing, send)
         else:

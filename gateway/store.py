@@ -5,6 +5,7 @@
     running:{id}   hash record id -> JSON  `Record` begun on that worker  written by the metering middleware
     usage          stream, one entry per finished request, field `r`      written by whoever metered it
     key:{id}       string, JSON `ApiKey`                                  written by `python -m gateway.keys`
+    adapters, aliases   see `gateway/adapters.py`
     batch:{id}     string with a TTL: a batch of records that is already in    written by whoever metered it
 
 And in redis-cache, where everything has a TTL and may be evicted:

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from loguru import logger
@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gateway import errors, logs
+from gateway.adapters import CHANNEL_ALIASES, AliasTable
 from gateway.app import answer_api_error, answer_http_exception
 from gateway.auth import Authenticator, bearer
 from gateway.keys import ApiKey
@@ -24,6 +25,7 @@ from gateway.records import Recorder
 from gateway.registry import Feed, WorkerTable, load_workers
 from gateway.relay import open_session
 from gateway.store import CHANNEL_KEYS, CHANNEL_WORKERS, connect
+from services.jobs.aliases import NAME, Aliases, PutAlias, public
 from services.jobs.asking import Asking
 from services.jobs.batches import Batches, CreateBatch
 from services.jobs.files import UPLOADS, Files, page, too_large
@@ -50,22 +52,28 @@ def create(settings: JobsSettings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        redis, table = connect(settings), WorkerTable()
+        redis, table, aliases = connect(settings), WorkerTable(), AliasTable()
         app.state.authenticator = authenticator = Authenticator(redis)
         app.state.files = files = Files(redis, settings.files_dir, settings.max_file_bytes, settings.max_files_per_key)
         app.state.tuning = tuning = Tuning(redis, files, lambda: base_models(table), settings.max_waiting_jobs)
 
+        app.state.aliases, app.state.table = Aliases(redis), table
         session = open_session(settings)
         recorder = Recorder(connect(settings))
-        asking = Asking(settings, redis, recorder, table, session)
+        asking = Asking(settings, redis, recorder, table, aliases, session)
         pacing = Pacing(redis, table)
+
+        def models() -> set[str]:
+            return table.models().keys() | aliases.targets.keys()
+
         app.state.batches = batches = Batches(
-            redis, files, settings.files_dir / "batches", asking, lambda: set(table.models()), pacing.room
+            redis, files, settings.files_dir / "batches", asking, models, pacing.room
         )
 
         async def on_connect(connection: Any) -> None:
             authenticator.distrust()
             await load_workers(connection, table)
+            await aliases.load(connection)
             await tuning.check_again()
             await batches.go_on()
 
@@ -74,6 +82,7 @@ def create(settings: JobsSettings) -> FastAPI:
             {
                 CHANNEL_WORKERS: table.take,
                 CHANNEL_KEYS: authenticator.forget,
+                CHANNEL_ALIASES: aliases.take,
             },
             on_connect,
         )
@@ -108,6 +117,7 @@ def create(settings: JobsSettings) -> FastAPI:
     add_files(api)
     add_tuning(api)
     add_models(api)
+    add_aliases(api)
     add_batches(api)
     return api
 
@@ -255,8 +265,49 @@ def add_models(api: FastAPI) -> None:
 
     @api.delete("/v1/models/{name:path}")
     async def delete(request: Request, who: Owner, name: str) -> dict[str, object]:
+        used = [alias.name for alias in (await request.app.state.aliases.all()).values() if alias.model == name]
+        if used:
+            raise errors.InvalidRequest(
+                f"The alias {', '.join(used)} stands for this model; switch or delete it first.", code="model_in_use"
+            )
         await request.app.state.tuning.delete_model(name, who)
         return {"id": name, "object": "model", "deleted": True}
+
+
+def add_aliases(api: FastAPI) -> None:
+    """/v1/aliases."""
+
+    @api.get("/v1/aliases")
+    async def list_aliases(request: Request, who: Owner) -> dict[str, object]:
+        found = (await request.app.state.aliases.all()).values()
+        return {"object": "list", "data": [public(alias) for alias in found if alias.owner == who]}
+
+    @api.get("/v1/aliases/{name}")
+    async def get_alias(request: Request, who: Owner, name: str) -> dict[str, object]:
+        return public(await request.app.state.aliases.get(name, who))
+
+    @api.put("/v1/aliases/{name}")
+    async def put_alias(
+        request: Request, who: Owner, name: Annotated[str, Path(pattern=NAME)], asked: PutAlias
+    ) -> dict[str, object]:
+        served = request.app.state.table.models()
+        if name in served:
+            raise errors.InvalidRequest(f"{name!r} is the name of a model itself.", param="name", code="alias_taken")
+        if asked.model not in served:
+            raise errors.NotFound(
+                f"The model {asked.model!r} is not served. There are: {', '.join(sorted(served))}.",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+        return public(await request.app.state.aliases.switch(name, asked.model, who))
+
+    @api.post("/v1/aliases/{name}/rollback")
+    async def rollback(request: Request, who: Owner, name: str) -> dict[str, object]:
+        return public(await request.app.state.aliases.rollback(name, who))
+
+    @api.delete("/v1/aliases/{name}")
+    async def delete(request: Request, who: Owner, name: str) -> dict[str, object]:
+        await request.app.state.aliases.delete(await request.app.state.aliases.get(name, who))
+        return {"id": name, "object": "alias", "deleted": True}
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
 from gateway import errors
+from gateway.adapters import AliasTable
 from gateway.auth import Authenticator
 from gateway.keys import ApiKey
 from gateway.metering import Meter
@@ -39,14 +40,15 @@ class Asking:
     """One request at a time through the path."""
 
     def __init__(
-        self, settings: Settings, redis: Redis, recorder: Recorder, table: WorkerTable, session: aiohttp.ClientSession
+        self, settings: Settings, redis: Redis, recorder: Recorder, table: WorkerTable, aliases: AliasTable,
+        session: aiohttp.ClientSession,
     ) -> None:
         registry = CollectorRegistry()
         meter = Meter(recorder, RequestMetrics(registry), lambda: frozenset(table.models()))
         held = HeldBack(settings.hold_back_s, lambda digest: None)
         path = RequestPath(
             settings, table, Owners(redis), held, session, meter, GatewayMetrics(registry), answers=None,
-            priority=PRIORITY,
+            aliases=aliases, priority=PRIORITY,
         )  # fmt: skip
         self._http = httpx.AsyncClient(
             transport=httpx.ASGITransport(path, raise_app_exceptions=False), base_url="http://batch", timeout=TIMEOUT_S

@@ -25,6 +25,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from gateway import errors
+from gateway.records import Record
+from gateway.store import USAGE
 from services.jobs import lines
 from services.jobs.files import Files
 from services.jobs.store import File, batch_key, batches_key, is_id, move_key, new_id, pack, unpack
@@ -38,6 +40,9 @@ MAX_TRIES = 4
 RETRY_S = 0.5
 WRITE_EVERY_S = 0.1
 POLL_S = 0.1
+HOUSE = "owngpt"
+"""The key of a request whose answer was lost in a crash after its owner's usage had been recorded."""
+USAGE_PAGE = 5000
 RETRIED = (429, 502, 503, 504)
 
 Ask = Callable[[str, bytes, str, str], Any]
@@ -206,7 +211,13 @@ class Batches:
 
     async def _run(self, batch: Batch) -> None:
         """From whatever state it is in to the end."""
-        source = self._files.path(await self._files.get(batch.input_file_id, batch.owner))
+        try:
+            source = self._files.path(await self._files.get(batch.input_file_id, batch.owner))
+        except errors.NotFound as error:
+            gone = [lines.problem(None, "file_not_found", error.message, "input_file_id")]
+            unfinished = ("validating", "in_progress", "cancelling", "finalizing")
+            await self._move(batch, unfinished, status="failed", errors=gone, failed_at=int(time.time()))
+            return
         while not (models := self._models()):  # noqa: ASYNC110 - nothing tells when the first worker comes
             await asyncio.sleep(0.5)
         found, problems, used = await asyncio.to_thread(lines.check, source, batch.endpoint, models)
@@ -224,10 +235,25 @@ class Batches:
         results = Results(self._where(batch.results), self._where(batch.failures))
         await asyncio.to_thread(results.recover)
         pending = [line for line in found if line.custom_id not in results.ids]
-        ended: State = await self._answer(batch, source, pending, results)
+        paid = await self._paid(batch) if batch.status == "in_progress" else set()
+        ended: State = await self._answer(batch, source, pending, results, paid)
         await self._finish(batch, results, ended)
 
-    async def _answer(self, batch: Batch, source: Path, pending: list[lines.Line], results: "Results") -> State:
+    async def _paid(self, batch: Batch) -> set[str]:
+        """Request ids of this batch that workers have answered and recorded; we may not know every answer any more."""
+        paid: set[str] = set()
+        after = f"{(batch.in_progress_at or batch.created_at) * 1000}-0"
+        while entries := await self._redis.xrange(USAGE, f"({after}", count=USAGE_PAGE):
+            after = str(entries[-1][0])
+            for _, fields in entries:
+                record = msgspec.json.decode((fields or {})["r"], type=Record)
+                if record.outcome == "ok" and record.request_id.startswith(batch.id):
+                    paid.add(record.request_id)
+        return paid
+
+    async def _answer(
+        self, batch: Batch, source: Path, pending: list[lines.Line], results: "Results", paid: set[str]
+    ) -> State:
         """Ask every pending line, as there is room. Returns how it ended."""
         ended: State = "completed"
         running: set[asyncio.Task[None]] = set()
@@ -244,10 +270,13 @@ class Batches:
                     break
                 while waiting and self._room(self.in_flight):
                     self.in_flight += 1
-                    task = asyncio.create_task(self._one(batch, source, waiting.pop(), results))
+                    task = asyncio.create_task(self._one(batch, source, waiting.pop(), results, paid))
                     running.add(task)
                     task.add_done_callback(running.discard)
-                await asyncio.sleep(POLL_S)
+                if running:
+                    await asyncio.wait(running, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
+                else:
+                    await asyncio.sleep(POLL_S)
             await asyncio.gather(*running)
             if ended == "expired":
                 for line in waiting:
@@ -260,16 +289,19 @@ class Batches:
             await asyncio.gather(writing, return_exceptions=True)
         return ended
 
-    async def _one(self, batch: Batch, source: Path, line: lines.Line, results: "Results") -> None:
+    async def _one(
+        self, batch: Batch, source: Path, line: lines.Line, results: "Results", paid: set[str]
+    ) -> None:
         """One request, tried again while only the moment is at fault."""
         request_id = f"{batch.id}-{line.number}"
+        payer = HOUSE if request_id in paid else batch.owner
         try:
             body = await asyncio.to_thread(lines.body, source, line)
             for attempt in range(1, MAX_TRIES + 1):
-                status, answer = await self._ask(batch.endpoint, body, batch.owner, request_id)
+                status, answer = await self._ask(batch.endpoint, body, payer, request_id)
                 while status == 503 and time.time() < batch.expires_at:  # nobody is there: that costs no try
                     await asyncio.sleep(RETRY_S)
-                    status, answer = await self._ask(batch.endpoint, body, batch.owner, request_id)
+                    status, answer = await self._ask(batch.endpoint, body, payer, request_id)
                 if status not in RETRIED or attempt == MAX_TRIES:
                     break
                 await asyncio.sleep(RETRY_S * 2**attempt)

@@ -19,16 +19,17 @@ from pathlib import Path
 ACL = """\
 user default off resetpass ~* &* +@all
 user health on nopass resetkeys resetchannels -@all +ping
-user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~batch:* \
-resetchannels &workers &keys &held -@all +ping +hello +multi +exec +discard +get +set +del +exists +mget +scan \
-+smembers +srem +hset +hdel +hvals +xadd +xlen +xrange +publish +subscribe +unsubscribe +eval
+user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~batch:* %R~aliases \
+resetchannels &workers &keys &held &aliases -@all +ping +hello +multi +exec +discard +get +set +del +exists +mget \
++scan +smembers +srem +hset +hdel +hgetall +hvals +xadd +xlen +xrange +publish +subscribe +unsubscribe +eval
 user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage ~batch:* %R~adapters \
 resetchannels &workers -@all +ping +hello +multi +exec +discard +set +del +sadd +srem +hset +hdel +hgetall +xadd \
 +publish +eval
 user jobs on #{jobs} resetkeys %R~key:* %R~worker:* %R~workers ~running:* ~usage ~batch:* ~file:* ~files:* ~ftjob:* \
-~ftjobs:* ~ftqueue ~ftevents:* ~ftcheckpoints:* ~adapters ~bt:* ~bts:* ~btactive resetchannels &workers &keys -@all \
-+ping +hello +multi +exec +discard +get +set +del +exists +mget +scan +smembers +sadd +srem +hset +hget +hgetall +hdel \
-+zadd +zrem +zcard +zrevrange +rpush +lpush +lrange +xadd +xread +xrevrange +publish +subscribe +unsubscribe +eval
+~ftjobs:* ~ftqueue ~ftevents:* ~ftcheckpoints:* ~adapters ~aliases ~bt:* ~bts:* ~btactive \
+resetchannels &workers &keys &aliases -@all +ping +hello +multi +exec +discard +get +set +del +exists +mget \
++scan +smembers +sadd +srem +hset +hget +hgetall +hdel +zadd +zrem +zcard +zrevrange +rpush +lpush +lrange +xadd \
++xread +xrange +xrevrange +publish +subscribe +unsubscribe +eval
 user trainer on #{trainer} resetkeys %R~worker:* %R~workers ~file:* ~files:* ~ftjob:* ~ftqueue ~fttaken ~ftlease:* \
 ~ftevents:* ~ftcheckpoints:* ~adapters resetchannels -@all +ping +hello +multi +exec +discard +get +set +del +mget \
 +smembers +hget +hset +hgetall +hsetnx +zadd +rpush +lrange +lrem +ltrim +blmove +eval

@@ -19,16 +19,23 @@ from transformers import (
     set_seed,
 )
 
-from services.trainer.plan import LEARNING_RATE, Folder, Hyperparameters, Plan
+from services.trainer.plan import Folder, Hyperparameters, Plan, learning_rate
 from services.trainer.render import IGNORED, Encoded
 from services.trainer.run import COMPLETE, MAX_STEPS_BETWEEN_CHECKPOINTS, PATIENCE_EVALS, Events
 
 
+def computes_bf16() -> bool:
+    """Whether this machine has instructions for bf16: with them a step takes 0.6 times as long (docs/log.md)."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def load(plan: Plan) -> Any:
     """The base model with a fresh adapter: bf16 where the hardware computes in it, else fp32."""
-    cuda = torch.cuda.is_available()
     set_seed(plan.seed)
-    dtype = torch.bfloat16 if cuda else torch.float32
+    dtype = torch.bfloat16 if computes_bf16() else torch.float32
     options: dict[str, Any] = {}
     if plan.four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -179,20 +186,19 @@ def train(
     micro = math.gcd(chosen.batch_size, plan.micro_batch)
     steps = -(-len(training) // chosen.batch_size)
     every = min(steps, MAX_STEPS_BETWEEN_CHECKPOINTS)
-    cuda = torch.cuda.is_available()
     trainer = Counting(
         model=model,
         args=TrainingArguments(
             output_dir=str(folder.checkpoints),
             seed=plan.seed,
             data_seed=plan.seed,
-            use_cpu=not cuda,
-            bf16=cuda,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=computes_bf16(),
             num_train_epochs=chosen.n_epochs,
             per_device_train_batch_size=micro,
             per_device_eval_batch_size=plan.micro_batch,
             gradient_accumulation_steps=chosen.batch_size // micro,
-            learning_rate=LEARNING_RATE * chosen.learning_rate_multiplier,
+            learning_rate=learning_rate(model.config.hidden_size, chosen.learning_rate_multiplier),
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
             max_grad_norm=1.0,

@@ -21,12 +21,12 @@ import msgspec
 
 from services.trainer import dataset, render
 from services.trainer.plan import (
-    LEARNING_RATE,
     VALIDATION_ROWS,
     VALIDATION_SHARE,
     Folder,
     Hyperparameters,
     Plan,
+    learning_rate,
     resolve,
     write_json,
 )
@@ -148,7 +148,7 @@ def describe(plan: Plan, chosen: Hyperparameters, model: Any, tokenizer: Any) ->
     return {
         "plan": msgspec.to_builtins(plan),
         "hyperparameters": msgspec.to_builtins(chosen),
-        "learning_rate": LEARNING_RATE * chosen.learning_rate_multiplier,
+        "learning_rate": learning_rate(model.config.hidden_size, chosen.learning_rate_multiplier),
         "sha256": {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in files.items() if path}
         | {"chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()},
         "versions": {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()},
