@@ -9,21 +9,29 @@ import http.client
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import openai
 import pytest
+from openai.types import Batch
+from openai.types.fine_tuning import FineTuningJob
+from pydantic import BaseModel
 
+from services.jobs.batches import HOUSE
 from services.local.plan import ROOT
 from tests.harness import wait_for
 from tests.up import MODEL, Up
 
 ROWS = [json.loads(line) for line in (ROOT / "examples/owngpt-qa.jsonl").read_text().splitlines()]
 PATIENCE_S = 400
+Thing = TypeVar("Thing", bound=BaseModel)
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +63,20 @@ def job(up: Up, file: str, epochs: int = 1, **fields: object) -> str:
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}}, **fields).id
 
 
-def ended(up: Up, job_id: str, *states: str) -> object:
+def strict(thing: Thing) -> Thing:
+    """What the SDK made of an answer, once it also passes the SDK's own types: every field there, none of another kind."""
+    type(thing).model_validate_json(thing.to_json(exclude_unset=True), strict=True)
+    return thing
+
+
+def ended(up: Up, job_id: str, *states: str) -> FineTuningJob:
     states = states or ("succeeded", "failed", "cancelled")
     wait_for(lambda: up.sdk.fine_tuning.jobs.retrieve(job_id).status in states, f"job {states}", PATIENCE_S)
-    return up.sdk.fine_tuning.jobs.retrieve(job_id)
+    return strict(up.sdk.fine_tuning.jobs.retrieve(job_id))
 
 
 def messages(up: Up, job_id: str) -> list[str]:
-    return [event.message for event in up.sdk.fine_tuning.jobs.list_events(job_id, limit=100)]
+    return [strict(event).message for event in up.sdk.fine_tuning.jobs.list_events(job_id, limit=100)]
 
 
 class TestFiles:
@@ -70,11 +84,11 @@ class TestFiles:
         content = jsonl(ROWS[:12])
         file = up.sdk.files.create(file=("my data.jsonl", content), purpose="fine-tune")
         assert (file.object, file.filename, file.bytes, file.purpose) == ("file", "my data.jsonl", len(content), "fine-tune")
-        assert up.sdk.files.retrieve(file.id) == file
+        assert strict(up.sdk.files.retrieve(file.id)) == file
         assert file.id in [f.id for f in up.sdk.files.list(purpose="fine-tune")]
         assert file.id not in [f.id for f in up.sdk.files.list(purpose="batch")]
         assert up.sdk.files.content(file.id).read() == content
-        assert up.sdk.files.delete(file.id).deleted
+        assert strict(up.sdk.files.delete(file.id)).deleted
         with pytest.raises(openai.NotFoundError):
             up.sdk.files.retrieve(file.id)
         assert not list((up.state / "files").glob(f"{file.id}*"))
@@ -86,9 +100,6 @@ class TestFiles:
             up.sdk.files.delete(file)
 
     def test_somebody_elses_file_does_not_exist(self, up: Up, tmp_path: Path) -> None:
-        import subprocess
-        import sys
-
         file = upload(up, ROWS[:10])
         env = os.environ | {"STATE_DIR": str(up.state)}
         key = subprocess.run([sys.executable, "-m", "services.local", "key", "other"], cwd=ROOT, env=env,
@@ -208,11 +219,11 @@ class TestJobs:
         assert found.model_extra is not None
         csv = up.sdk.files.content(found.result_files[0]).read().decode().splitlines()
         assert csv[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
-        points = list(up.sdk.fine_tuning.jobs.checkpoints.list(job_id))
+        points = [strict(point) for point in up.sdk.fine_tuning.jobs.checkpoints.list(job_id)]
         assert [p.step_number for p in points] == sorted((p.step_number for p in points), reverse=True)
         assert points[0].metrics.full_valid_loss > 0
         assert any("token ids are the same" in message for message in messages(up, job_id))
-        assert [j.id for j in up.sdk.fine_tuning.jobs.list(metadata={"who": "test"})] == [job_id]
+        assert [strict(j).id for j in up.sdk.fine_tuning.jobs.list(metadata={"who": "test"})] == [job_id]
 
     def test_base_and_tuned_in_one_batch_do_not_mix(self, up: Up) -> None:
         """vLLM's own CPU code would give base requests the last slot's adapter (docs/decisions/0006)."""
@@ -234,6 +245,60 @@ class TestJobs:
             other = alone[name if model == MODEL else MODEL]
             assert said != other, "an answer of the other model"
 
+    def test_an_alias_is_switched_and_rolled_back(self, up: Up) -> None:
+        name = next(m.id for m in up.sdk.models.list() if m.id.startswith("ft:"))
+        http = httpx.Client(base_url=up.base + "/v1/aliases", headers={"authorization": f"Bearer {up.key}"}, timeout=10)
+
+        def answering(expected: str) -> None:
+            def check() -> bool:
+                answers = [up.sdk.chat.completions.create(
+                    model="helper", messages=[{"role": "user", "content": f"{n}?"}], max_tokens=2, stream=True,
+                    extra_headers={"cache-control": cache}) for n, cache in enumerate(("no-store", "no-cache") * 2)]
+                return {part.model for answer in answers for part in answer} == {expected}
+            wait_for(check, f"helper is {expected}", 10)
+
+        with pytest.raises(openai.NotFoundError):
+            up.sdk.chat.completions.create(model="helper", messages=[{"role": "user", "content": "?"}], max_tokens=2)
+        assert http.put("/helper", json={"model": MODEL}).json()["model"] == MODEL
+        answering(MODEL)
+        assert http.put("/helper", json={"model": name}).json()["previous"] == MODEL
+        answering(name)
+        assert "helper" in [m.id for m in up.sdk.models.list()]
+        with pytest.raises(openai.BadRequestError, match="helper"):
+            up.sdk.models.delete(name)
+        for expected in (MODEL, name, MODEL):
+            assert http.post("/helper/rollback").json()["model"] == expected
+            answering(expected)
+        for bad, body, status in (("Helper", {"model": MODEL}, 400), ("x", {"model": "gpt-4"}, 404), (MODEL, {"model": name}, 400)):
+            assert http.put(f"/{bad}", json=body).status_code == status
+        assert http.get("").json()["data"][0]["id"] == "helper"
+        assert http.delete("/helper").json()["deleted"]
+        wait_for(lambda: "helper" not in [m.id for m in up.sdk.models.list()], "gone", 5)
+        assert http.post("/helper/rollback").status_code == 404
+
+    def test_merged_it_says_the_same(self, up: Up, tmp_path: Path) -> None:
+        """A plain checkpoint folder, for everything that knows no adapters."""
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        adapter = next(path for path in (up.state / "adapters").iterdir() if path.name.startswith("ftjob-"))
+        base = up.state / "models" / MODEL
+        command = [sys.executable, "-m", "services.trainer.export", str(base), str(adapter), str(tmp_path / "merged")]
+        subprocess.run(command, cwd=ROOT, check=True)
+        again = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+        assert again.returncode == 1
+        assert "exists already" in again.stderr
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "merged").iterdir()}
+        ids = torch.arange(100, 140)[None]
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        with torch.no_grad():
+            untuned = plain(ids).logits.log_softmax(-1)
+            tuned = PeftModel.from_pretrained(plain, str(adapter))(ids).logits.log_softmax(-1)
+            merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits.log_softmax(-1)
+        # what bf16 rounding does to the merged weights is small beside what the adapter does
+        assert (merged - tuned).abs().mean() < 0.2 * (untuned - tuned).abs().mean()
+
     def test_a_new_worker_comes_up_with_it(self, up: Up) -> None:
         name = next(m.id for m in up.sdk.models.list() if m.id.startswith("ft:"))
         pid = up.engine_pids()[0]
@@ -248,10 +313,19 @@ class TestJobs:
         name = next(m.id for m in up.sdk.models.list() if m.id.startswith("ft:"))
         with pytest.raises(openai.NotFoundError):
             up.sdk.models.delete(MODEL)
-        assert up.sdk.models.delete(name).deleted
+        assert strict(up.sdk.models.delete(name)).deleted
         wait_for(lambda: name not in [m.id for m in up.sdk.models.list()], "gone", 10)
         with pytest.raises((openai.NotFoundError, openai.APIStatusError)):
             up.sdk.chat.completions.create(model=name, messages=[{"role": "user", "content": "?"}], max_tokens=2)
+
+    def test_a_killed_trainer_goes_on_where_it_was(self, up: Up) -> None:
+        job_id = job(up, upload(up, ROWS[:40]), epochs=3)
+        wait_for(lambda: len(up.sdk.fine_tuning.jobs.checkpoints.list(job_id).data) >= 1, "a checkpoint", PATIENCE_S)
+        os.kill(up.program_pid("trainer"), signal.SIGKILL)
+        found = ended(up, job_id)
+        assert found.status == "succeeded", messages(up, job_id)[:5]
+        assert any(m.startswith("going on from step") for m in messages(up, job_id))
+        up.sdk.models.delete(found.fine_tuned_model)
 
     def test_pause_resume_cancel(self, up: Up) -> None:
         job_id = job(up, upload(up, ROWS[:60]), epochs=20)
@@ -269,3 +343,81 @@ class TestJobs:
         assert ended(up, job_id).status == "cancelled"
         with pytest.raises(openai.BadRequestError, match="cancelled"):
             up.sdk.fine_tuning.jobs.resume(job_id)
+
+
+def chat(name: str, text: str, **fields: object) -> dict:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 4, **fields}
+    return {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+class TestBatches:
+    def begin(self, up: Up, rows: list, endpoint: str = "/v1/chat/completions") -> Batch:
+        file = up.sdk.files.create(file=("in.jsonl", jsonl(rows)), purpose="batch")
+        made = up.sdk.batches.create(
+            input_file_id=file.id, endpoint=endpoint, completion_window="24h", metadata={"who": "test"})
+        assert strict(made).status in ("validating", "in_progress")
+        return made
+
+    def over(self, up: Up, batch: Batch) -> Batch:
+        states = ("completed", "failed", "cancelled", "expired")
+        wait_for(lambda: up.sdk.batches.retrieve(batch.id).status in states, "the batch's end", PATIENCE_S)
+        return strict(up.sdk.batches.retrieve(batch.id))
+
+    def results(self, up: Up, file_id: str | None) -> dict[str, dict]:
+        assert file_id is not None
+        assert strict(up.sdk.files.retrieve(file_id)).purpose == "batch_output"
+        lines = [json.loads(line) for line in up.sdk.files.content(file_id).text.splitlines()]
+        assert len({line["custom_id"] for line in lines}) == len(lines)
+        return {line["custom_id"]: line for line in lines}
+
+    def test_good_and_bad_requests(self, up: Up) -> None:
+        rows = [*(chat(f"good {n}", f"Count to {n}.") for n in range(20)), chat("bad", "x", temperature=-1)]
+        done = self.over(up, self.begin(up, rows))
+        assert done.status == "completed"
+        assert (done.request_counts.total, done.request_counts.completed, done.request_counts.failed) == (21, 20, 1)
+        good, bad = self.results(up, done.output_file_id), self.results(up, done.error_file_id)
+        assert good.keys() == {f"good {n}" for n in range(20)}
+        assert good["good 3"]["response"]["body"]["choices"][0]["message"]["content"]
+        assert bad["bad"]["response"]["status_code"] == 400
+        assert done.usage.output_tokens == sum(g["response"]["body"]["usage"]["completion_tokens"] for g in good.values())
+        assert done.id in [batch.id for batch in up.sdk.batches.list(limit=1)]
+        wait_for(lambda: sum(done.id in record for record in up.records()) == 20, "every answer metered", 10)
+
+    def test_completions(self, up: Up) -> None:
+        rows = [{"custom_id": str(n), "method": "POST", "url": "/v1/completions",
+                 "body": {"model": MODEL, "prompt": f"{n},", "max_tokens": 2}} for n in range(5)]
+        done = self.over(up, self.begin(up, rows, "/v1/completions"))
+        assert self.results(up, done.output_file_id).keys() == {"0", "1", "2", "3", "4"}
+
+    def test_a_model_without_embeddings_says_so_line_by_line(self, up: Up) -> None:
+        rows = [{"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"model": MODEL, "input": "x"}}]
+        done = self.over(up, self.begin(up, rows, "/v1/embeddings"))
+        assert self.results(up, done.error_file_id)["e"]["response"]["body"]["error"]["message"]
+
+    def test_bad_lines_fail_it_by_their_numbers(self, up: Up) -> None:
+        done = self.over(up, self.begin(up, [chat("a", "x"), chat("a", "y"), chat("c", "z", model="gpt-4")]))
+        assert done.status == "failed"
+        assert [(error.line, error.code) for error in done.errors.data] == [(2, "duplicate_custom_id"), (3, "model_not_found")]
+
+    def test_cancelled_it_keeps_what_is_done(self, up: Up) -> None:
+        made = self.begin(up, [chat(str(n), f"Tell me about {n}.", max_tokens=60) for n in range(300)])
+        wait_for(lambda: up.sdk.batches.retrieve(made.id).request_counts.completed > 3, "some", 60)
+        assert strict(up.sdk.batches.cancel(made.id)).status == "cancelling"
+        done = self.over(up, made)
+        assert done.status == "cancelled"
+        assert 3 < len(self.results(up, done.output_file_id)) == done.request_counts.completed < 300
+        with pytest.raises(openai.BadRequestError, match="cancelled"):
+            up.sdk.batches.cancel(made.id)
+
+    def test_killed_in_the_middle_every_line_is_answered_and_billed_once(self, up: Up) -> None:
+        made = self.begin(up, [chat(str(n), f"Say {n}.") for n in range(120)])
+        sdk = up.sdk.with_options(max_retries=10)
+        for at in (20, 50, 80):
+            wait_for(lambda at=at: sdk.batches.retrieve(made.id).request_counts.completed >= at, f"{at}", 60)
+            os.kill(up.program_pid("jobs"), signal.SIGKILL)
+            wait_for(lambda: httpx.get(up.base + "/v1/files", headers={"authorization": f"Bearer {up.key}"}).status_code == 200, "jobs back", 60)
+        done = self.over(up, made)
+        assert self.results(up, done.output_file_id).keys() == {str(n) for n in range(120)}
+        billed = [json.loads(record) for record in up.records() if made.id in record]
+        ours = [record["request_id"] for record in billed if record["outcome"] == "ok" and record["key"] != HOUSE]
+        assert sorted(ours) == sorted({f"{made.id}-{n}" for n in range(1, 121)})

@@ -79,6 +79,7 @@ class Folder:
         self.run = root / "run.json"
         self.metrics = root / "step_metrics.csv"
         self.log = root / "log.txt"
+        self.lock = root / "lock"
         self.prompts = root / "prompts.json"
         """Prompts as trained, to be compared with the server's."""
         self.pause = root / "pause"

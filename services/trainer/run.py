@@ -5,6 +5,7 @@ something else (a bug, a signal). Started again it goes on from its last complet
 an unbroken run: order, dropout, optimizer and schedule are part of a checkpoint.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -171,6 +172,8 @@ def clean(checkpoints: Path) -> Path | None:
 def main(root: Path) -> int:
     """The run. Returns the exit status."""
     folder, events = Folder(root), Events()
+    lock = open(folder.lock, "w")  # noqa: SIM115 - held until this process ends
+    fcntl.flock(lock, fcntl.LOCK_EX)  # a run whose trainer was killed ends at its next event: wait for that
     plan = msgspec.json.decode(folder.plan.read_bytes(), type=Plan)
     events.say("message", level="info", message="reading the files")
     from transformers import AutoTokenizer
