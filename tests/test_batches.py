@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from services.jobs import lines
-from services.jobs.batches import Result, Results
 from services.jobs.pace import MIN_SAMPLES, REST_S, Pace
+from services.jobs.results import Result, Results
 
 CHAT = "/v1/chat/completions"
 

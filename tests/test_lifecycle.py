@@ -421,3 +421,16 @@ class TestBatches:
         billed = [json.loads(record) for record in up.records() if made.id in record]
         ours = [record["request_id"] for record in billed if record["outcome"] == "ok" and record["key"] != HOUSE]
         assert sorted(ours) == sorted({f"{made.id}-{n}" for n in range(1, 121)})
+
+    def test_when_its_time_is_over_the_rest_is_expired(self, up: Up) -> None:
+        made = self.begin(up, [chat(str(n), f"Tell me about {n}.", max_tokens=60) for n in range(300)])
+        wait_for(lambda: up.sdk.batches.retrieve(made.id).request_counts.completed > 3, "some", 60)
+        up.redis_as("jobs").hset(f"bt:{made.id}", "expires_at", str(int(time.time())))  # what a day does
+        os.kill(up.program_pid("jobs"), signal.SIGKILL)
+        wait_for(lambda: httpx.get(up.base + "/v1/files", headers={"authorization": f"Bearer {up.key}"}).status_code == 200, "jobs back", 60)
+        done = self.over(up, made)
+        assert done.status == "expired"
+        good, bad = self.results(up, done.output_file_id), self.results(up, done.error_file_id)
+        assert len(good) > 3
+        assert good.keys() | bad.keys() == {str(n) for n in range(300)}
+        assert {line["error"]["code"] for line in bad.values()} == {"batch_expired"}

@@ -12,11 +12,10 @@ again; all others are. Requests go through the gateway's own request path, in th
 import asyncio
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgspec
 from loguru import logger
@@ -29,6 +28,7 @@ from gateway.records import Record
 from gateway.store import USAGE
 from services.jobs import lines
 from services.jobs.files import Files
+from services.jobs.results import EXPIRED, Result, Results, row
 from services.jobs.store import File, batch_key, batches_key, is_id, move_key, new_id, pack, unpack
 
 State = Literal[
@@ -109,13 +109,6 @@ class Batch(msgspec.Struct, kw_only=True):
                 "total_tokens": used["input_tokens"] + used["output_tokens"],
             },
         }
-
-
-class Result(NamedTuple):
-    """An answered line, on its way to disk."""
-
-    ok: bool
-    row: dict[str, Any]
 
 
 class Batches:
@@ -252,7 +245,7 @@ class Batches:
         return paid
 
     async def _answer(
-        self, batch: Batch, source: Path, pending: list[lines.Line], results: "Results", paid: set[str]
+        self, batch: Batch, source: Path, pending: list[lines.Line], results: Results, paid: set[str]
     ) -> State:
         """Ask every pending line, as there is room. Returns how it ended."""
         ended: State = "completed"
@@ -280,7 +273,7 @@ class Batches:
             await asyncio.gather(*running)
             if ended == "expired":
                 for line in waiting:
-                    results.add(Result(False, expired(line)))
+                    results.add(Result(False, row(batch.id, line, error=EXPIRED)))
         finally:
             for task in running:
                 task.cancel()
@@ -290,7 +283,7 @@ class Batches:
         return ended
 
     async def _one(
-        self, batch: Batch, source: Path, line: lines.Line, results: "Results", paid: set[str]
+        self, batch: Batch, source: Path, line: lines.Line, results: Results, paid: set[str]
     ) -> None:
         """One request, tried again while only the moment is at fault."""
         request_id = f"{batch.id}-{line.number}"
@@ -305,15 +298,12 @@ class Batches:
                 if status not in RETRIED or attempt == MAX_TRIES:
                     break
                 await asyncio.sleep(RETRY_S * 2**attempt)
-            results.add(Result(status == 200, {
-                "id": f"batch_req_{batch.id[6:]}_{line.number}", "custom_id": line.custom_id,
-                "response": {"status_code": status, "request_id": request_id, "body": json.loads(answer)},
-                "error": None,
-            }))  # fmt: skip
+            response = {"status_code": status, "request_id": request_id, "body": json.loads(answer)}
+            results.add(Result(status == 200, row(batch.id, line, response=response)))
         finally:
             self.in_flight -= 1
 
-    async def _write(self, batch: Batch, results: "Results") -> None:
+    async def _write(self, batch: Batch, results: Results) -> None:
         """Bring results to disk several times a second, then count them."""
         while True:
             await asyncio.sleep(WRITE_EVERY_S)
@@ -321,13 +311,13 @@ class Batches:
                 with contextlib.suppress(RedisError, OSError):
                     await self._count(batch, results)
 
-    async def _count(self, batch: Batch, results: "Results") -> None:
+    async def _count(self, batch: Batch, results: Results) -> None:
         await self._move(
             batch, ("in_progress", "cancelling", "finalizing"), completed=results.completed, failed=results.failed,
             usage=results.usage,
         )  # fmt: skip
 
-    async def _finish(self, batch: Batch, results: "Results", ended: State) -> None:
+    async def _finish(self, batch: Batch, results: Results, ended: State) -> None:
         """Show the files, then the last state. Every step can be done twice."""
         await asyncio.to_thread(results.flush)
         await self._count(batch, results)
@@ -355,50 +345,3 @@ class Batches:
         """A results file: among the files once the batch was finished, before that in a folder of its own."""
         finished = self._files.folder / file_id
         return finished if finished.exists() else self._folder / file_id
-
-
-class Results:
-    """The two results files of a running batch, and what is in them."""
-
-    def __init__(self, good: Path, bad: Path) -> None:
-        self._paths = {True: good, False: bad}
-        self._waiting: list[Result] = []
-        self.ids: set[str] = set()
-        self.completed = self.failed = 0
-        self.usage: dict[str, int] = {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
-
-    def recover(self) -> None:
-        """Read what is there."""
-        good, bad = (lines.answered(self._paths[ok]) for ok in (True, False))
-        self.ids = good["ids"] | bad["ids"]
-        self.completed, self.failed = len(good["ids"]), len(bad["ids"])
-        self.usage = good["usage"]
-
-    def add(self, result: Result) -> None:
-        """Take a result; `flush` brings it to disk."""
-        self._waiting.append(result)
-
-    def flush(self) -> int:
-        """Write what waits, to the disk itself. Returns how many results that were."""
-        batch, self._waiting = self._waiting, []
-        for ok, path in self._paths.items():
-            rows = [result.row for result in batch if result.ok is ok]
-            if not rows:
-                continue
-            with open(path, "ab") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        for result in batch:
-            self.completed += result.ok
-            self.failed += not result.ok
-            lines.add_usage(self.usage, result.row)
-        return len(batch)
-
-
-def expired(line: lines.Line) -> dict[str, Any]:
-    """The result of a line that nobody had time for."""
-    return {
-        "id": f"batch_req_{line.number}", "custom_id": line.custom_id, "response": None,
-        "error": {"code": "batch_expired", "message": "The batch's time was over before this ran."},
-    }  # fmt: skip

@@ -4,7 +4,6 @@ Input: {"custom_id", "method": "POST", "url", "body"}, as in https://platform.op
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,32 +88,3 @@ def body(path: Path, line: Line) -> bytes:
     with open(path, "rb") as file:
         file.seek(line.offset)
         return json.dumps(json.loads(file.read(line.size))["body"]).encode()
-
-
-def answered(path: Path) -> dict[str, Any]:
-    """What a results file holds after a crash: {"ids", "usage"}. A last line that was not written whole is cut off."""
-    ids: set[str] = set()
-    usage = {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
-    good = 0
-    if path.exists():
-        with open(path, "rb") as file:
-            for raw in file:
-                try:
-                    row = json.loads(raw) if raw.endswith(b"\n") else None
-                except ValueError:
-                    row = None
-                if row is None:
-                    break
-                good += len(raw)
-                ids.add(row["custom_id"])
-                add_usage(usage, row)
-        os.truncate(path, good)
-    return {"ids": ids, "usage": usage}
-
-
-def add_usage(total: dict[str, int], row: dict[str, Any]) -> None:
-    """Add what one result cost."""
-    used = ((row.get("response") or {}).get("body") or {}).get("usage") or {}
-    total["input_tokens"] += used.get("prompt_tokens") or 0
-    total["output_tokens"] += used.get("completion_tokens") or 0
-    total["cached_tokens"] += ((used.get("prompt_tokens_details") or {}).get("cached_tokens")) or 0

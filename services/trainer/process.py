@@ -1,0 +1,96 @@
+"""The process of one run, seen from the trainer: started, listened to, paused, stopped, killed."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from services.trainer.plan import Folder
+
+STOP_PATIENCE_S = 8.0
+
+
+class Run:
+    """The process of one run and what it says."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self.result: dict[str, float] | None = None
+        self.rejected: dict[str, Any] | None = None
+        self.status: int | None = None
+        self._said: queue.Queue[Any] = queue.Queue()
+
+    def __enter__(self) -> "Run":
+        with open(self._folder.log, "ab") as log:
+            self._process = subprocess.Popen(
+                ["nice", "-n", "10", sys.executable, "-m", "services.trainer.run", str(self._folder.root)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads())},
+            )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.status = self._process.wait()
+        self._reader.join()
+
+    def next(self, timeout_s: float) -> Any:
+        """What the run says next; None when it says nothing for a while, `...` at its end."""
+        with contextlib.suppress(queue.Empty):
+            said = self._said.get(timeout=timeout_s)
+            if said is ...:
+                self.status = self._process.wait()
+            elif said["kind"] == "done":
+                self.result = {k: v for k, v in said.items() if k != "kind"}
+                return None
+            elif said["kind"] == "rejected":
+                self.rejected = said
+                return None
+            return said
+        return None
+
+    def kill(self) -> None:
+        """End it now."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Let it write a checkpoint, if it can in time."""
+        self._folder.pause.touch()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_PATIENCE_S)
+
+    def explain(self) -> str:
+        """Why it ended, for its owner."""
+        if self.status == -signal.SIGKILL:
+            return (
+                "The training process was killed, most likely for want of memory. A smaller batch_size, shorter rows "
+                "(TRAIN_MAX_TOKENS) or more memory for the trainer will help."
+            )
+        last = self._folder.log.read_text(errors="replace").strip().splitlines()[-1:]
+        return f"The training process ended with status {self.status}: {last[0][:500] if last else 'it said nothing'}"
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101 - a pipe
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError):
+                self._said.put(json.loads(line))
+        self._said.put(...)
+
+
+def threads() -> int:
+    """How many cores a run may use: half of them.
+
+    A run gives way to everything else (nice). Its threads wait for each other hundreds of times a step, so with as many
+    threads as cores beside busy workers a step takes twenty seconds instead of half a one (docs/log.md).
+    """
+    return max(1, len(os.sched_getaffinity(0)) // 2)
