@@ -67,7 +67,7 @@ class Stack:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.dials.run_dir.mkdir(mode=0o711, exist_ok=True)
         make_secrets(self.dials.secrets)
-        write_configs(self.dials, Ports(self.gateway_port, 9, 9, tuple(self.worker_ports)))
+        write_configs(self.dials, Ports(self.gateway_port, 9, 9, 9, tuple(self.worker_ports)))
         self.start_redis()
         self.start_cache()
         self.gateway_args = ["--port", str(self.gateway_port), "--processes", str(processes)]

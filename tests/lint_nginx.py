@@ -13,7 +13,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         dials = Dials(state=Path(folder), model="m", model_name="m", workers=1)
         dials.run_dir.mkdir(mode=0o700, exist_ok=True)
-        write_configs(dials, Ports(8001, 8004, 8002, (8003,)))
+        write_configs(dials, Ports(8001, 8004, 8005, 8002, (8003,)))
         config = str(dials.run_dir / "nginx.conf")
         command = [find_nginx(), "-t", "-q", "-p", str(dials.run_dir), "-e", "stderr", "-c", config]
         test = subprocess.run(command, check=False)

@@ -13,7 +13,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "prometheus.yml")
         path.write_text(render(ROOT / "monitoring/prometheus.yml.template",
-                               {"GATEWAY_TARGET": '"127.0.0.1:1"', "WORKER_TARGETS": '"127.0.0.1:2"'}))
+                               {"GATEWAY_TARGET": '"127.0.0.1:1"', "WORKER_TARGETS": '"127.0.0.1:2"', "TRAINER_TARGET": '"127.0.0.1:3"'}))
         command = ["promtool", "check", "config", str(path)]
         return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
 

@@ -25,7 +25,7 @@ from openai.types.fine_tuning import FineTuningJob
 from pydantic import BaseModel
 
 from services.jobs.batches import HOUSE
-from services.local.plan import ROOT
+from services.local.plan import ROOT, Dials
 from tests.harness import wait_for
 from tests.up import MODEL, Up
 
@@ -77,6 +77,13 @@ def ended(up: Up, job_id: str, *states: str) -> FineTuningJob:
 
 def messages(up: Up, job_id: str) -> list[str]:
     return [strict(event).message for event in up.sdk.fine_tuning.jobs.list_events(job_id, limit=100)]
+
+
+def trainer_metrics(up: Up) -> str:
+    """What Prometheus is told to read, from where it is told."""
+    config = (Dials(up.state, "", "").run_dir / "prometheus.yml").read_text()
+    target = config.rpartition("job_name: trainer")[2].partition('"')[2].partition('"')[0]
+    return httpx.get(f"http://{target}/metrics").text
 
 
 class TestFiles:
@@ -210,6 +217,7 @@ class TestJobs:
         finally:
             stop.set()
             asking.join()
+        assert 'owngpt_training_jobs_total{status="succeeded"} 1.0' in trainer_metrics(up)
         assert outcome["failed"] == 0
         assert outcome["changed"] == 0, outcome
         assert outcome["asked"] > 5

@@ -87,6 +87,7 @@ class Ports:
 
     gateway: int
     jobs: int
+    trainer: int
     prometheus: int
     workers: tuple[int, ...]
 
@@ -111,7 +112,7 @@ def pick_ports(dials: Dials) -> Ports:
             f"PORT={dials.port} is taken by another program. Choose another: make up PORT={dials.port + 100}"
         )
     free = (port for port in range(dials.port + 1, 65535) if is_free(port))
-    return Ports(next(free), next(free), next(free), tuple(next(free) for _ in range(dials.workers)))
+    return Ports(next(free), next(free), next(free), next(free), tuple(next(free) for _ in range(dials.workers)))
 
 
 def find_redis() -> str:
@@ -170,6 +171,7 @@ def write_configs(dials: Dials, ports: Ports) -> None:
     }))
     (run_dir / "prometheus.yml").write_text(render(ROOT / "monitoring/prometheus.yml.template", {
         "GATEWAY_TARGET": f'"127.0.0.1:{ports.gateway}"',
+        "TRAINER_TARGET": f'"127.0.0.1:{ports.trainer}"',
         "WORKER_TARGETS": ", ".join(f'"{address}"' for address in addresses),
     }))
 
@@ -231,6 +233,7 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
         "MODEL": dials.model,
         "FILES_DIR": str(dials.state / "files"),
         "RUNS_DIR": str(dials.state / "runs"),
+        "TRAINER_METRICS_PORT": str(ports.trainer),
         "ADAPTERS_DIR": str(dials.state / "adapters"),
     }, stop_s=15, priority=30))
     found.append(Program("nginx", [find_nginx(), "-p", str(run_dir), "-e", "stderr", "-c", str(run_dir / "nginx.conf")],

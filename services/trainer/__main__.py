@@ -329,7 +329,7 @@ def main() -> None:
     for folder in (settings.runs_dir, settings.adapters_dir, settings.files_dir):
         folder.mkdir(parents=True, exist_ok=True)
     if settings.trainer_metrics_port:
-        start_http_server(settings.trainer_metrics_port)
+        start_http_server(settings.trainer_metrics_port, settings.trainer_metrics_host)
     trainer = Trainer(settings)
     signal.signal(signal.SIGTERM, trainer.stop)
     signal.signal(signal.SIGINT, trainer.stop)

@@ -19,6 +19,7 @@ class TrainerSettings(StateSettings):
     adapters_dir: Path = Field(description="published adapters; workers read it")
     train_max_tokens: int = Field(1024, ge=32, description="longer rows are cut")
     train_four_bit: bool = Field(False, description="load the base in 4 bits (GPU only)")
+    trainer_metrics_host: str = "127.0.0.1"
     trainer_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus text; 0: none")
 
     @cached_property
