@@ -30,7 +30,15 @@ from gateway.records import Recorder
 from gateway.registry import Feed, Model, WorkerTable, load_workers, reap
 from gateway.relay import open_session
 from gateway.settings import Settings
-from gateway.store import CHANNEL_HELD, CHANNEL_KEYS, CHANNEL_WORKERS, HEARTBEAT_TTL_MS, connect, connect_cache
+from gateway.store import (
+    CHANNEL_HELD,
+    CHANNEL_KEYS,
+    CHANNEL_WORKERS,
+    HEARTBEAT_TTL_MS,
+    connect,
+    connect_cache,
+    end_tasks,
+)
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Answered without a key. nginx does not let /metrics out."""
@@ -119,9 +127,8 @@ class Gateway:
         try:
             yield
         finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, *tasks, return_exceptions=True)
+            await end_tasks(background)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await session.close()
             if answers is not None:
                 await answers.close()

@@ -15,6 +15,10 @@ And in redis-cache, where everything has a TTL and may be evicted:
     kvseen:kv:...           a chunk that was computed but not admitted    written by workers
 """
 
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -65,6 +69,19 @@ def connect(settings: StateSettings, *, timeout_s: float | None = 1.0) -> Redis:
         retry=Retry(NoBackoff(), 1),
         **tcp,
     )
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks until they are over.
+
+    Once is not enough for one that talks to redis: redis-py sends with `asyncio.wait_for`, which in Python 3.11 forgets
+    a cancel that comes in the moment in which the command is sent.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.05)
 
 
 CACHE_TIMEOUT_S = 0.2

@@ -24,7 +24,7 @@ from gateway.keys import ApiKey
 from gateway.records import Recorder
 from gateway.registry import Feed, WorkerTable, load_workers
 from gateway.relay import open_session
-from gateway.store import CHANNEL_KEYS, CHANNEL_WORKERS, connect
+from gateway.store import CHANNEL_KEYS, CHANNEL_WORKERS, connect, end_tasks
 from services.jobs.aliases import NAME, Aliases, PutAlias, public
 from services.jobs.asking import Asking
 from services.jobs.batches import Batches, CreateBatch
@@ -92,9 +92,7 @@ def create(settings: JobsSettings) -> FastAPI:
         try:
             yield
         finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
+            await end_tasks(background)
             await tuning.close()
             await batches.close()
             await asking.close()

@@ -25,7 +25,7 @@ from redis.exceptions import RedisError
 
 from gateway import errors
 from gateway.records import Record
-from gateway.store import USAGE
+from gateway.store import USAGE, end_tasks
 from services.jobs import lines
 from services.jobs.files import Files
 from services.jobs.results import EXPIRED, Result, Results, row
@@ -122,6 +122,7 @@ class Batches:
         self._ask, self._models, self._room = ask, models, room
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.in_flight = 0
+        self._freed = asyncio.Event()
         folder.mkdir(parents=True, exist_ok=True)
 
     async def create(self, asked: CreateBatch, owner: str) -> Batch:
@@ -176,9 +177,7 @@ class Batches:
 
     async def close(self) -> None:
         """Stop; `go_on` goes on."""
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await end_tasks(self._tasks.values())
 
     # --- one batch -----------------------------------------------------------------------------
 
@@ -247,40 +246,42 @@ class Batches:
     async def _answer(
         self, batch: Batch, source: Path, pending: list[lines.Line], results: Results, paid: set[str]
     ) -> State:
-        """Ask every pending line, as there is room. Returns how it ended."""
+        """Ask every pending line, as there is room. Returns how it ended; raises when one fails by our fault."""
         ended: State = "completed"
-        running: set[asyncio.Task[None]] = set()
         writing = asyncio.create_task(self._write(batch, results))
         try:
-            waiting = pending[::-1]
-            while waiting:
-                status = await self._redis.hget(batch_key(batch.id), "status")
-                if status == "cancelling":
-                    ended = "cancelled"
-                    break
-                if time.time() > batch.expires_at:
-                    ended = "expired"
-                    break
-                while waiting and self._room(self.in_flight):
-                    self.in_flight += 1
-                    task = asyncio.create_task(self._one(batch, source, waiting.pop(), results, paid))
-                    running.add(task)
-                    task.add_done_callback(running.discard)
-                if running:
-                    await asyncio.wait(running, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
-                else:
-                    await asyncio.sleep(POLL_S)
-            await asyncio.gather(*running)
+            async with asyncio.TaskGroup() as group:
+                waiting = pending[::-1]
+                while waiting:
+                    if await self._is_cancelled(batch):
+                        ended = "cancelled"
+                        break
+                    if time.time() > batch.expires_at:
+                        ended = "expired"
+                        break
+                    while waiting and self._room(self.in_flight):
+                        self.in_flight += 1
+                        task = group.create_task(self._one(batch, source, waiting.pop(), results, paid))
+                        task.add_done_callback(self._free)
+                    self._freed.clear()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._freed.wait(), POLL_S)
             if ended == "expired":
                 for line in waiting:
                     results.add(Result(False, row(batch.id, line, error=EXPIRED)))
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
+            await end_tasks([writing])
         return ended
+
+    async def _is_cancelled(self, batch: Batch) -> bool:
+        try:
+            return str(await self._redis.hget(batch_key(batch.id), "status")) == "cancelling"
+        except (RedisError, OSError):
+            return False  # answers go to the disk; redis will hear of them
+
+    def _free(self, _: asyncio.Task[None]) -> None:
+        self.in_flight -= 1
+        self._freed.set()
 
     async def _one(
         self, batch: Batch, source: Path, line: lines.Line, results: Results, paid: set[str]
@@ -288,20 +289,17 @@ class Batches:
         """One request, tried again while only the moment is at fault."""
         request_id = f"{batch.id}-{line.number}"
         payer = HOUSE if request_id in paid else batch.owner
-        try:
-            body = await asyncio.to_thread(lines.body, source, line)
-            for attempt in range(1, MAX_TRIES + 1):
+        body = await asyncio.to_thread(lines.body, source, line)
+        for attempt in range(1, MAX_TRIES + 1):
+            status, answer = await self._ask(batch.endpoint, body, payer, request_id)
+            while status == 503 and time.time() < batch.expires_at:  # nobody is there: that costs no try
+                await asyncio.sleep(RETRY_S)
                 status, answer = await self._ask(batch.endpoint, body, payer, request_id)
-                while status == 503 and time.time() < batch.expires_at:  # nobody is there: that costs no try
-                    await asyncio.sleep(RETRY_S)
-                    status, answer = await self._ask(batch.endpoint, body, payer, request_id)
-                if status not in RETRIED or attempt == MAX_TRIES:
-                    break
-                await asyncio.sleep(RETRY_S * 2**attempt)
-            response = {"status_code": status, "request_id": request_id, "body": json.loads(answer)}
-            results.add(Result(status == 200, row(batch.id, line, response=response)))
-        finally:
-            self.in_flight -= 1
+            if status not in RETRIED or attempt == MAX_TRIES:
+                break
+            await asyncio.sleep(RETRY_S * 2**attempt)
+        response = {"status_code": status, "request_id": request_id, "body": json.loads(answer)}
+        results.add(Result(status == 200, row(batch.id, line, response=response)))
 
     async def _write(self, batch: Batch, results: Results) -> None:
         """Bring results to disk several times a second, then count them."""

@@ -24,6 +24,7 @@ from redis.asyncio import Redis
 
 from gateway import errors
 from gateway.adapters import ADAPTERS, read_registry
+from gateway.store import end_tasks
 from services.jobs.files import Files
 from services.jobs.store import (
     FINISHED,
@@ -209,9 +210,7 @@ class Tuning:
 
     async def close(self) -> None:
         """Checks are begun again at the next start."""
-        for task in self._checks:
-            task.cancel()
-        await asyncio.gather(*self._checks, return_exceptions=True)
+        await end_tasks(self._checks)
 
     async def _change(
         self, job: Job, ways: list[tuple[tuple[Status, ...], dict[str, Any], str]], *, queue: bool = False

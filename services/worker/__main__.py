@@ -27,7 +27,7 @@ from redis.exceptions import RedisError
 from gateway import logs
 from gateway.adapters import ADAPTERS, Adapter, read_registry
 from gateway.registry import Heartbeat, Model, State
-from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, connect, worker_key
+from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, connect, end_tasks, worker_key
 from services.worker import engine, identity, shm
 from services.worker.middleware import LOAD_PATH, WORKER_ID
 from services.worker.settings import WorkerSettings
@@ -91,7 +91,7 @@ class Agent:
                     reconciling = asyncio.create_task(self._keep_reconciled())
                 await self._announce()
                 if self._settings.adapters_dir is not None:
-                    reconciling.cancel()
+                    await end_tasks([reconciling])
             await self._leave()
             return 0
         except EngineDied as error:
