@@ -116,14 +116,14 @@ def test_it_answers(containers: openai.OpenAI) -> None:
 def test_only_nginx_is_reachable_and_users_are_not_root(containers: openai.OpenAI) -> None:
     published = docker("compose", "ps", "--format", "{{.Service}} {{.Ports}}")
     assert [line.split()[0] for line in published.splitlines() if "->" in line] == ["nginx"]
-    for service in ("nginx", "gateway", "worker", "redis", "redis-cache"):
+    for service in ("nginx", "gateway", "jobs", "trainer", "worker", "redis", "redis-cache"):
         assert docker("compose", "exec", "-T", service, "id", "-u").strip() == "10001"
     assert httpx.get(BASE + "/metrics").status_code == 404
     # nginx has one foot outside the internal network; nothing on that network reaches that foot.
     form = '{{(index .NetworkSettings.Networks "owngpt-test_edge").IPAddress}}'
     outside = docker("inspect", "-f", form, docker("compose", "ps", "-q", "nginx").strip()).strip()
     reach = f"import socket; socket.create_connection(('{outside}', 8080), timeout=2)"
-    for service in ("gateway", "worker"):
+    for service in ("gateway", "jobs", "trainer", "worker"):
         tried = subprocess.run(["docker", "compose", "exec", "-T", service, "python", "-c", reach],
                                cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
         assert "timed out" in tried.stderr or "unreachable" in tried.stderr, tried.stderr
@@ -163,6 +163,29 @@ def test_nothing_is_computed_twice(containers: openai.OpenAI) -> None:
 
 
 @needs_engine
+def test_a_job_and_a_batch(containers: openai.OpenAI) -> None:
+    """A tuned model for all workers, also for one that comes later, with the rights that the containers have."""
+    rows = (ROOT / "examples/owngpt-qa.jsonl").read_text().splitlines(keepends=True)[:20]
+    file = containers.files.create(file=("rows.jsonl", "".join(rows).encode()), purpose="fine-tune")
+    job = containers.fine_tuning.jobs.create(model=MODEL, training_file=file.id, seed=1, suffix="boxed", method={
+        "type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}})
+    print("\ntraining in a container (a minute)", flush=True)
+    wait_for(lambda: containers.fine_tuning.jobs.retrieve(job.id).status in ("succeeded", "failed"), "the job's end", 400)
+    job = containers.fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "succeeded", [e.message for e in containers.fine_tuning.jobs.list_events(job.id)]
+    requests = "".join(json.dumps({
+        "custom_id": str(n), "method": "POST", "url": "/v1/chat/completions", "body": {
+            "model": job.fine_tuned_model, "messages": [{"role": "user", "content": f"{n}?"}], "max_tokens": 4}}) + "\n"
+        for n in range(10))
+    file = containers.files.create(file=("batch.jsonl", requests.encode()), purpose="batch")
+    batch = containers.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    wait_for(lambda: containers.batches.retrieve(batch.id).status in ("completed", "failed"), "the batch's end", 120)
+    batch = containers.batches.retrieve(batch.id)
+    assert batch.request_counts.completed == 10, batch
+    assert len(containers.files.content(batch.output_file_id).text.splitlines()) == 10
+
+
+@needs_engine
 def test_scale_kill_and_ask_again(containers: openai.OpenAI) -> None:
     print("\nscaling to two workers", flush=True)
     docker("compose", "up", "-d", "--wait", "--scale", "worker=2")
@@ -178,7 +201,7 @@ def test_scale_kill_and_ask_again(containers: openai.OpenAI) -> None:
 
 @needs_engine
 def test_each_service_survives_a_restart(containers: openai.OpenAI) -> None:
-    for service in ("redis-cache", "redis", "gateway", "nginx", "worker"):
+    for service in ("redis-cache", "redis", "gateway", "jobs", "trainer", "nginx", "worker"):
         print(f"\nrestarting {service}", flush=True)
         docker("compose", "restart", "--timeout", "20", service)
         wait_for(lambda: ready() == 1, f"ready after {service}", 180)

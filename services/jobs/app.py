@@ -100,7 +100,7 @@ def create(settings: JobsSettings) -> FastAPI:
             await recorder.close()
             await redis.aclose()
 
-    api = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    api = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     api.state.max_file_bytes = settings.max_file_bytes
     api.add_exception_handler(errors.ApiError, answer_api_error)
     api.add_exception_handler(HTTPException, answer_http_exception)

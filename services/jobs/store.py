@@ -78,13 +78,14 @@ class Job(msgspec.Struct, kw_only=True):
     error: dict[str, Any] | None = None
 
     def public(self) -> dict[str, object]:
-        """In OpenAI's shape (openai.types.fine_tuning.FineTuningJob)."""
+        """In OpenAI's shape (openai.types.fine_tuning.FineTuningJob), which knows no `paused`: such a job is queued."""
         return {
             "id": self.id,
             "object": "fine_tuning.job",
             "created_at": self.created_at,
             "model": self.model,
-            "status": self.status,
+            "status": "queued" if self.status == "paused" else self.status,
+            "paused": self.status == "paused",
             "training_file": self.training_file,
             "validation_file": self.validation_file,
             "seed": self.seed,
