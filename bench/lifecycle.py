@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,37 +136,37 @@ def register_copy(up: Up, name: str) -> str:
 
 
 def resume() -> Figures:
-    """Final validation loss of a run that was killed five times at random moments, and of one that was not."""
+    """Final validation loss of a run that was killed five times at random steps, and of one that was not."""
     rng = random.Random(time.time_ns())
     with workshop() as folder:
         data = folder / "rows.jsonl"
         data.write_text("".join(DATA.read_text().splitlines(keepends=True)[:120]))
-        whole, took = run_training(folder / "whole", data, None)
-        broken, _ = run_training(folder / "broken", data, lambda: rng.uniform(0.25, 0.6) * took)
+        whole, steps = run_training(folder / "whole", data, [])
+        broken, _ = run_training(folder / "broken", data, sorted(rng.sample(range(2, steps), KILLS)))
         print(f"unbroken {whole:.6f}, killed {KILLS} times {broken:.6f}", flush=True)
         return {"resume_loss_diff": abs(whole - broken), "resume_loss_unbroken": whole}
 
 
-def run_training(folder: Path, data: Path, kill_after_s: Callable[[], float] | None) -> tuple[float, float]:
-    """(validation loss, seconds) of one run, killed KILLS times if `kill_after_s` says when."""
+def run_training(folder: Path, data: Path, kill_at: list[int]) -> tuple[float, int]:
+    """(validation loss, steps) of one run that is killed, and started again, when it says that it is at these steps."""
     folder.mkdir()
-    write_plan(folder, data, n_epochs=4)
-    began = time.monotonic()
-    kills = KILLS if kill_after_s else 0
+    write_plan(folder, data, n_epochs=4, batch_size=4)
     while True:
-        process = subprocess.Popen([sys.executable, "-m", "services.trainer.run", str(folder)], cwd=ROOT,
-                                   stdout=subprocess.DEVNULL, stderr=open(folder / "log.txt", "ab"))
-        try:
-            status = process.wait(kill_after_s() if kills and kill_after_s else None)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills -= 1
-            print(f"killed; checkpoints: {sorted(p.name for p in (folder / 'checkpoints').glob('*'))}", flush=True)
-            continue
-        assert status == 0, (folder / "log.txt").read_text()[-2000:]
-        assert not kills, "the run ended before it was killed often enough"
-        return float(json.loads((folder / "run.json").read_text())["result"]["valid_loss"]), time.monotonic() - began
+        with subprocess.Popen([sys.executable, "-m", "services.trainer.run", str(folder)], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, stderr=open(folder / "log.txt", "ab")) as process:
+            assert process.stdout is not None
+            for event in map(json.loads, process.stdout):
+                if kill_at and event["kind"] == "metrics" and event["step"] >= kill_at[0]:
+                    process.kill()
+                    there = sorted(path.name for path in (folder / "checkpoints").glob("*"))
+                    print(f"killed at step {event['step']} of {event['total_steps']}; there is {there}", flush=True)
+                    kill_at = kill_at[1:]
+                    break
+            else:
+                assert process.wait() == 0, (folder / "log.txt").read_text()[-2000:]
+                assert not kill_at, "the run ended before it was killed often enough"
+                result = json.loads((folder / "run.json").read_text())["result"]
+                return float(result["valid_loss"]), int(result["steps"])
 
 
 def write_plan(folder: Path, data: Path, **fields: Any) -> None:
@@ -183,15 +183,15 @@ def training_speed() -> Figures:
     with workshop() as folder:
         data = folder / "rows.jsonl"
         data.write_text("".join(DATA.read_text().splitlines(keepends=True)[:120]))
-        for turn in range(4):
+        for turn in range(6):
             speed: dict[str, float] = {}
             for kind in sorted(("ours", "bare"), reverse=bool(turn % 2)):
                 place = folder / f"{kind}{turn}"
                 place.mkdir()
-                write_plan(place, data, n_epochs=2)
+                write_plan(place, data, n_epochs=1, batch_size=8)
                 module = "services.trainer.run" if kind == "ours" else "bench.bare_training"
                 out = subprocess.run([sys.executable, "-m", module, str(place)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-                events = [json.loads(line) for line in out.splitlines()]
+                events = [json.loads(line) for line in out.splitlines() if line.startswith('{"')]
                 speed[kind] = [event["tokens_per_s"] for event in events if "tokens_per_s" in event][-1]
             if turn:
                 ratios.append(speed["ours"] / speed["bare"])
