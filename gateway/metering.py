@@ -21,7 +21,7 @@ from loguru import logger
 from gateway.decode import ROUTES, StreamOptions
 from gateway.errors import ApiError, UpstreamFailed, encode_parts
 from gateway.metrics import RequestMetrics
-from gateway.records import Record, Recorder
+from gateway.records import BATCH_REQUEST, Record, Recorder
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -100,11 +100,13 @@ class Meter:
         self._recorder = recorder
         self._metrics = metrics
         self._base_models = base_models
-        self.in_flight = 0
+        self.in_flight = self.interactive = 0
+        """Requests here now, and those of them that are no batch's."""
 
     def begin(self, record: Record) -> None:
         """A request arrived."""
         self.in_flight += 1
+        self.interactive += not record.request_id.startswith(BATCH_REQUEST)
         if record.model not in self._base_models():
             record.adapter = record.model
         self._recorder.begin(record)
@@ -112,6 +114,7 @@ class Meter:
     def end(self, record: Record) -> None:
         """It ended: one stream entry, one observation, one log line."""
         self.in_flight -= 1
+        self.interactive -= not record.request_id.startswith(BATCH_REQUEST)
         self._recorder.end(record)
         self._metrics.observe(record)
         self._metrics.dropped.set(self._recorder.dropped)

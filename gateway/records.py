@@ -35,6 +35,10 @@ Outcome = Literal[
 ]
 
 
+BATCH_REQUEST = "batch-"
+"""How the request ids of batches begin: work that can wait."""
+
+
 class Record(msgspec.Struct):
     """One request on one worker. Times are seconds; `started_at` is Unix time; tokens are counts."""
 

@@ -46,6 +46,8 @@ class Heartbeat(msgspec.Struct):
     models: list[Model]
     in_flight: int = 0
     """Requests inside the worker now."""
+    interactive: int = 0
+    """Those of them that are no batch's."""
     slots: int = 0
     """Requests the engine runs at once (max_num_seqs)."""
     waiting: int = 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from services.jobs import lines
-from services.jobs.pace import MIN_SAMPLES, REST_S, Pace
+from services.jobs.pace import MIN_SAMPLES, QUIET_S, REST_S, Pace
 from services.jobs.results import Result, Results
 
 CHAT = "/v1/chat/completions"
@@ -85,12 +85,14 @@ class TestResults:
 class TestPace:
     def pace(self) -> tuple[Pace, list[float]]:
         now = [100.0]
-        return Pace(clock=lambda: now[0]), now
+        pace = Pace(clock=lambda: now[0])
+        pace.learn([0.1] * MIN_SAMPLES)
+        return pace, now
 
     def idle(self, pace: Pace, now: list[float], looks: int) -> None:
         for _ in range(looks):
             now[0] += 0.1
-            pace.look(slots=64, interactive=0, waiting=0, ttfts_s=[])
+            pace.look(slots=64, interactive=0, ttfts_s=[])
 
     def test_idle_engines_are_used_but_for_a_reserve(self) -> None:
         pace, now = self.pace()
@@ -99,35 +101,36 @@ class TestPace:
 
     def test_no_engine_no_room(self) -> None:
         pace, _ = self.pace()
-        pace.look(slots=0, interactive=0, waiting=0, ttfts_s=[])
+        pace.look(slots=0, interactive=0, ttfts_s=[])
         assert not pace.room(1, 0)
 
-    def test_slower_answers_halve_it_once_in_a_while(self) -> None:
+    def test_somebody_comes_and_it_is_small_at_once_until_they_have_been_gone_for_a_while(self) -> None:
         pace, now = self.pace()
-        pace.learn([0.1] * MIN_SAMPLES)
         self.idle(pace, now, 100)
-        pace.look(slots=64, interactive=1, waiting=0, ttfts_s=[0.2])
-        assert pace.limit == 24
-        pace.look(slots=64, interactive=1, waiting=0, ttfts_s=[0.2])
-        assert pace.limit == 24
+        pace.look(slots=64, interactive=1, ttfts_s=[])
+        assert pace.limit == 1
+        self.idle(pace, now, int(QUIET_S * 10) - 1)
+        assert pace.limit == 1
+        self.idle(pace, now, 100)
+        assert pace.limit == 48
+
+    def test_slower_answers_halve_it_once_in_a_while_down_to_moments_without_anybody(self) -> None:
+        pace, now = self.pace()
+        pace.shared = 8.0
+        pace.look(slots=64, interactive=1, ttfts_s=[0.2, 0.2])
+        assert pace.limit == 4
+        pace.look(slots=64, interactive=1, ttfts_s=[0.2])
+        assert pace.limit == 4
         for _ in range(8):
             now[0] += REST_S + 0.1
-            pace.look(slots=64, interactive=1, waiting=0, ttfts_s=[0.2])
+            pace.look(slots=64, interactive=1, ttfts_s=[0.2])
         assert pace.limit == 0.5
         assert not pace.room(0, 1)
         assert pace.room(0, 0)
 
     def test_answers_as_fast_as_ever_let_it_grow_slowly(self) -> None:
         pace, now = self.pace()
-        pace.learn([0.1] * MIN_SAMPLES)
-        before = pace.limit
-        for _ in range(10):
+        for _ in range(50):
             now[0] += 0.1
-            pace.look(slots=64, interactive=1, waiting=0, ttfts_s=[0.1])
-        assert before < pace.limit <= before + 1.01
-
-    def test_a_queue_in_the_engine_halves_it(self) -> None:
-        pace, now = self.pace()
-        self.idle(pace, now, 100)
-        pace.look(slots=64, interactive=1, waiting=3, ttfts_s=[])
-        assert pace.limit == 24
+            pace.look(slots=64, interactive=1, ttfts_s=[0.1])
+        assert pace.limit == pytest.approx(2.0)

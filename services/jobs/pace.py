@@ -1,8 +1,8 @@
 """How many batch requests may run at once: idle capacity, and never at the price of somebody who waits for an answer.
 
-Additive increase, multiplicative decrease (Chiu and Jain 1989), steered by the TTFT of interactive requests: their
-normal TTFT is what they had while no batch request ran; a window in which it got worse halves the limit. Pure: told
-what happened, by `Batches`.
+Two limits. While nobody else has asked for a while, nearly all slots. While somebody does, a small one that every TTFT
+of theirs moves: additive increase, multiplicative decrease (Chiu and Jain 1989). A TTFT is good when it is near what
+interactive requests had while no batch request ran. Pure: told what happened, by `Pacing`.
 """
 
 import time
@@ -12,25 +12,26 @@ from statistics import quantiles
 
 IDLE_STEP = 2.0
 """Added per look when nobody else is there."""
-SHARED_STEP = 0.1
-"""Added per look while interactive requests run and are not slower than usual."""
+SHARED_STEP = 0.02
+"""Added per good TTFT. Small: probing too high costs somebody a slow answer, so it may happen once in fifty only."""
 SLOWER = 1.2
 RESERVED_SHARE = 0.25
 """Of the engines' slots, kept free for whoever comes."""
 REST_S = 2.0
 """After a decrease the limit stays: what is in flight has to finish before its effect shows."""
-QUIET_S = 1.0
+QUIET_S = 10.0
 """Nobody else for so long: the engines are idle."""
 REMEMBERED = 200
 MIN_SAMPLES = 5
 
 
 class Pace:
-    """The limit. `normal` are TTFTs of interactive requests in seconds, measured without batch work."""
+    """The limit. What is normal are TTFTs of interactive requests in seconds, measured without batch work."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self.limit = 1.0
+        self.limit = self.shared = 1.0
+        """The limit now, and the one for times when others are there."""
         self._normal: deque[float] = deque(maxlen=REMEMBERED)
         self._rest_until = 0.0
         self._busy_at = float("-inf")
@@ -39,23 +40,26 @@ class Pace:
         """TTFTs of interactive requests that met no batch work."""
         self._normal.extend(ttfts_s)
 
-    def look(self, *, slots: int, interactive: int, waiting: int, ttfts_s: list[float]) -> float:
+    def look(self, *, slots: int, interactive: int, ttfts_s: list[float]) -> float:
         """Take in a moment; returns the new limit.
 
-        `slots` of ready engines, `interactive` requests in flight, requests `waiting` inside engines, and the TTFTs of
-        interactive requests that ran beside batch work since the last look.
+        `slots` of ready engines, `interactive` requests in flight, and the TTFTs of interactive requests that ran
+        beside batch work since the last look.
         """
         now = self._clock()
         most = slots * (1.0 - RESERVED_SHARE)
         if interactive or ttfts_s:
             self._busy_at = now
-        if (waiting and interactive) or (ttfts_s and max(ttfts_s) > SLOWER * self.usual_s):
-            if now >= self._rest_until:
-                self.limit /= 2
+        for ttft_s in ttfts_s:
+            if now < self._rest_until:
+                continue
+            if ttft_s > SLOWER * self.usual_s:
+                self.shared /= 2
                 self._rest_until = now + REST_S
-        elif now >= self._rest_until:
-            self.limit += IDLE_STEP if now - self._busy_at > QUIET_S else SHARED_STEP
-        self.limit = max(0.5, min(self.limit, most))
+            else:
+                self.shared += SHARED_STEP
+        self.shared = max(0.5, min(self.shared, most))
+        self.limit = min(self.limit + IDLE_STEP, most) if now - self._busy_at > QUIET_S else self.shared
         return self.limit
 
     @property

@@ -9,14 +9,12 @@ from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from gateway.records import Record
+from gateway.records import BATCH_REQUEST, Record
 from gateway.registry import WorkerTable
 from gateway.store import USAGE
 from services.jobs.pace import REMEMBERED, Pace
 
 LOOK_EVERY_S = 0.1
-BATCH_REQUEST = "batch-"
-"""How the request ids of batches begin."""
 
 
 class Pacing:
@@ -43,12 +41,12 @@ class Pacing:
                 ttfts = await self._news()
                 beats = [worker.beat for worker in self._table.workers.values() if worker.beat.state == "ready"]
                 mine = in_flight()
-                self._interactive = max(0, sum(beat.in_flight for beat in beats) - mine)
+                self._interactive = sum(beat.interactive for beat in beats)
                 if not beside:  # nothing of ours ran since the last look
                     self.pace.learn(ttfts)
                 self.pace.look(
                     slots=sum(beat.slots for beat in beats), interactive=self._interactive,
-                    waiting=sum(beat.waiting for beat in beats), ttfts_s=ttfts if beside else [],
+                    ttfts_s=ttfts if beside else [],
                 )  # fmt: skip
                 beside = mine > 0
             except (RedisError, OSError) as error:

@@ -213,7 +213,7 @@ class Agent:
         now = time.monotonic()
         try:
             load = msgspec.json.decode((await self._http.get(LOAD_PATH)).content, type=dict[str, int])
-            self._beat.in_flight = load["in_flight"]
+            self._beat.in_flight, self._beat.interactive = load["in_flight"], load["interactive"]
             self._heard_at = time.monotonic()
             if now - self._metrics_at >= METRICS_EVERY_S:
                 self._metrics_at = now

@@ -43,8 +43,8 @@ class WorkerMiddleware:
             return
         path = scope["path"]
         if path == LOAD_PATH:
-            await _answer(send, 200, [(b"content-type", b"application/json")],
-                          msgspec.json.encode({"in_flight": self._meter.in_flight}))
+            load = {"in_flight": self._meter.in_flight, "interactive": self._meter.interactive}
+            await _answer(send, 200, [(b"content-type", b"application/json")], msgspec.json.encode(load))
         elif path in OPEN_PATHS:
             await self._app(scope, receive, send)
         elif not any(
