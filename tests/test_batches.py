@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from services.jobs import lines
-from services.jobs.pace import MIN_SAMPLES, QUIET_S, REST_S, Pace
+from services.jobs.pace import GAP_S, MIN_SAMPLES, QUIET_S, REST_S, SHARED_START, Pace
 from services.jobs.results import Result, Results
 
 CHAT = "/v1/chat/completions"
@@ -108,9 +108,9 @@ class TestPace:
         pace, now = self.pace()
         self.idle(pace, now, 100)
         pace.look(slots=64, interactive=1, ttfts_s=[])
-        assert pace.limit == 1
+        assert pace.limit == SHARED_START
         self.idle(pace, now, int(QUIET_S * 10) - 1)
-        assert pace.limit == 1
+        assert pace.limit == SHARED_START
         self.idle(pace, now, 100)
         assert pace.limit == 48
 
@@ -121,15 +121,19 @@ class TestPace:
         assert pace.limit == 4
         pace.look(slots=64, interactive=1, ttfts_s=[0.2])
         assert pace.limit == 4
-        for _ in range(8):
+        for _ in range(3):
             now[0] += REST_S + 0.1
             pace.look(slots=64, interactive=1, ttfts_s=[0.2])
         assert pace.limit == 0.5
         assert not pace.room(0, 1)
+        assert not pace.room(0, 0), "somebody was here a moment ago"
+        now[0] += GAP_S
         assert pace.room(0, 0)
+        assert not pace.room(1, 0)
 
     def test_answers_as_fast_as_ever_let_it_grow_slowly(self) -> None:
         pace, now = self.pace()
+        pace.shared = 1.0
         for _ in range(50):
             now[0] += 0.1
             pace.look(slots=64, interactive=1, ttfts_s=[0.1])

@@ -13,7 +13,11 @@ from statistics import quantiles
 IDLE_STEP = 2.0
 """Added per look when nobody else is there."""
 SHARED_STEP = 0.02
-"""Added per good TTFT. Small: probing too high costs somebody a slow answer, so it may happen once in fifty only."""
+"""Added per good TTFT (below one: times the limit). Small: probing too high costs somebody a slow answer."""
+SHARED_START = 0.25
+SHARED_LEAST = 0.05
+GAP_S = 0.5
+"""A limit below one is a gap: a batch request starts alone, GAP_S times (1 / limit - 1) after anybody was there."""
 SLOWER = 1.2
 RESERVED_SHARE = 0.25
 """Of the engines' slots, kept free for whoever comes."""
@@ -30,7 +34,7 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self.limit = self.shared = 1.0
+        self.limit = self.shared = SHARED_START
         """The limit now, and the one for times when others are there."""
         self._normal: deque[float] = deque(maxlen=REMEMBERED)
         self._rest_until = 0.0
@@ -43,8 +47,8 @@ class Pace:
     def look(self, *, slots: int, interactive: int, ttfts_s: list[float]) -> float:
         """Take in a moment; returns the new limit.
 
-        `slots` of ready engines, `interactive` requests in flight, and the TTFTs of interactive requests that ran
-        beside batch work since the last look.
+        `slots` of ready engines, `interactive` requests in flight, and the TTFTs of interactive requests that ended
+        since the last look.
         """
         now = self._clock()
         most = slots * (1.0 - RESERVED_SHARE)
@@ -57,8 +61,8 @@ class Pace:
                 self.shared /= 2
                 self._rest_until = now + REST_S
             else:
-                self.shared += SHARED_STEP
-        self.shared = max(0.5, min(self.shared, most))
+                self.shared += SHARED_STEP * min(1.0, self.shared)
+        self.shared = max(SHARED_LEAST, min(self.shared, most))
         self.limit = min(self.limit + IDLE_STEP, most) if now - self._busy_at > QUIET_S else self.shared
         return self.limit
 
@@ -70,7 +74,9 @@ class Pace:
         return quantiles(self._normal, n=20)[-1]
 
     def room(self, in_flight: int, interactive: int) -> bool:
-        """Whether one more batch request may start. Below one, only while nobody else is there."""
-        if self.limit < 1.0:
-            return in_flight == 0 and interactive == 0
-        return in_flight < int(self.limit)
+        """Whether one more batch request may start."""
+        if self.limit >= 1.0:
+            return in_flight < int(self.limit)
+        if in_flight or interactive or not self.limit:
+            return False
+        return self._clock() - self._busy_at >= GAP_S * (1.0 / self.limit - 1.0)

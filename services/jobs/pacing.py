@@ -46,7 +46,7 @@ class Pacing:
                     self.pace.learn(ttfts)
                 self.pace.look(
                     slots=sum(beat.slots for beat in beats), interactive=self._interactive,
-                    ttfts_s=ttfts if beside else [],
+                    ttfts_s=ttfts,
                 )  # fmt: skip
                 beside = mine > 0
             except (RedisError, OSError) as error:
