@@ -154,6 +154,12 @@ class Trainer:
         except Stopped:
             self._redis.delete(lease_key(job.id))
             raise
+        except (RedisError, OSError, httpx.HTTPError):
+            raise
+        except Exception as error:  # a bug of ours ends this job, not all that wait behind it
+            logger.exception("a job failed", job=job.id)
+            text = f"The trainer failed ({type(error).__name__}); its log says why."
+            self._end(job, "failed", error={"code": "trainer_failed", "param": None, "message": text})
         finally:
             metrics.jobs_running.set(0)
 
@@ -162,6 +168,11 @@ class Trainer:
         folder.pause.unlink(missing_ok=True)
         if folder.run.exists():  # trained already; a crash came before it was published
             return dict(json.loads(folder.run.read_text())["result"])
+        for param, file_id in (("training_file", job.training_file), ("validation_file", job.validation_file)):
+            if file_id and not (self._settings.files_dir / file_id).exists():
+                gone = [{"param": param, "code": "file_not_found"}]
+                self._end(job, "failed", error=invalid_file(gone, f"The file {file_id} was deleted."))
+                return None
         folder.plan.write_bytes(msgspec.json.encode(self._plan(job)))
         wish = ""
         with Run(folder) as run:

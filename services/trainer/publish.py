@@ -59,6 +59,8 @@ def check_tokens(prompts: Iterable[dict[str, Any]], workers: list[Heartbeat], ba
                 }
                 | ({"tools": prompt["tools"]} if prompt["tools"] else {}),
             )
+            if 400 <= answer.status_code < 500:
+                raise Refused("not_rendered", f"The server does not render a validation prompt: {answer.text[:300]}")
             if (served := answer.raise_for_status().json()["tokens"]) != prompt["tokens"]:
                 at = next(
                     (i for i, (a, b) in enumerate(zip(served, prompt["tokens"], strict=False)) if a != b),
