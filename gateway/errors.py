@@ -94,11 +94,15 @@ class Unavailable(ApiError):
 
 
 class UpstreamFailed(Exception):
-    """A worker failed before anything was sent to the client. `ran`: it may have been working on the request."""
+    """A worker failed before anything was sent to the client.
 
-    def __init__(self, reason: str, *, ran: bool) -> None:
+    `ran`: it may have been working on the request; `answered`: with an error of its own.
+    """
+
+    def __init__(self, reason: str, *, ran: bool, answered: bool = False) -> None:
         super().__init__(reason)
         self.ran = ran
+        self.answered = answered
 
 
 class GatewayTimeout(ApiError):

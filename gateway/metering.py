@@ -21,7 +21,7 @@ from loguru import logger
 from gateway.decode import ROUTES, StreamOptions
 from gateway.errors import ApiError, UpstreamFailed, encode_parts
 from gateway.metrics import RequestMetrics
-from gateway.records import BATCH_REQUEST, Record, Recorder
+from gateway.records import Record, Recorder
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -30,7 +30,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CONTEXT = b"x-owngpt-context"
-"""Header from the gateway: `{key id} {attempt} {salt}`; the salt is that of the key's cache scope."""
+"""Header from the gateway: `{key id} {attempt} {salt} {µs it took to choose}`; the salt is the key's cache scope's."""
 MAX_ERROR_BYTES = 64 * 1024
 _USAGE_ROUTES = ("chat", "completions")
 _SALTED_ROUTES = ("chat", "completions", "responses", "messages", "embeddings")
@@ -93,11 +93,19 @@ _NULL = msgspec.Raw(b"null")
 _decode_carrier = msgspec.json.Decoder(_Carrier).decode
 
 
+Times = Callable[[Record], tuple[float, float, float] | None]
+"""The engine's seconds in queue, prefill and decode of a request that it finished."""
+
+
 class Meter:
     """Where records go: redis, the log, the metrics. One per process."""
 
-    def __init__(self, recorder: Recorder, metrics: RequestMetrics, base_models: Callable[[], frozenset[str]]) -> None:
+    def __init__(
+        self, recorder: Recorder, metrics: RequestMetrics, base_models: Callable[[], frozenset[str]],
+        times: Times = lambda _: None,
+    ) -> None:
         self._recorder = recorder
+        self._times = times
         self._metrics = metrics
         self._base_models = base_models
         self.in_flight = self.interactive = 0
@@ -106,7 +114,7 @@ class Meter:
     def begin(self, record: Record) -> None:
         """A request arrived."""
         self.in_flight += 1
-        self.interactive += not record.request_id.startswith(BATCH_REQUEST)
+        self.interactive += record.interactive
         if record.model not in self._base_models():
             record.adapter = record.model
         self._recorder.begin(record)
@@ -114,7 +122,9 @@ class Meter:
     def end(self, record: Record) -> None:
         """It ended: one stream entry, one observation, one log line."""
         self.in_flight -= 1
-        self.interactive -= not record.request_id.startswith(BATCH_REQUEST)
+        if (times := self._times(record)) is not None:
+            record.queue_s, record.prefill_s, record.decode_s = (round(s, 6) for s in times)
+        self.interactive -= record.interactive
         self._recorder.end(record)
         self._metrics.observe(record)
         self._metrics.dropped.set(self._recorder.dropped)
@@ -150,16 +160,17 @@ class _Metered:
         self.app, self.meter, self.scope, self.salts = app, meter, scope, salts
         self._receive, self._send = receive, send
         self.started = time.monotonic()
-        key, attempt, request_id = "-", "1", ""
+        key, attempt, decided_us, request_id = "-", "1", "", ""
         self.salt = ""
         for name, value in scope["headers"]:
             if name == CONTEXT:
-                key, attempt, self.salt = [*value.decode("latin-1").split(" "), "", ""][:3]
+                key, attempt, self.salt, decided_us = [*value.decode("latin-1").split(" "), "", "", ""][:4]
             elif name == b"x-request-id":
                 request_id = value.decode("latin-1")
         self.record = Record(
             id=secrets.token_hex(8), request_id=request_id, key=key, model="", route=ROUTES[scope["path"]][0],
             worker=worker, started_at=time.time(), attempt=int(attempt) if attempt.isdigit() else 1,
+            decision_s=int(decided_us) / 1e6 if decided_us.isdigit() else None,
         )
         self.body: bytes | None = None
         self.hide_usage = False

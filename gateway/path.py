@@ -89,9 +89,9 @@ class _Request(NamedTuple):
     cache_scope: str
     salt: str
 
-    def context(self, attempt: int) -> bytes:
+    def context(self, attempt: int, took_s: float) -> bytes:
         """The header that the worker's metering reads."""
-        return f"{self.key_id} {attempt} {self.salt}".encode()
+        return f"{self.key_id} {attempt} {self.salt} {took_s * 1e6:.0f}".encode()
 
 
 class RequestPath:
@@ -169,14 +169,14 @@ class RequestPath:
             collecting = Collecting(question, _explain(send, (b"server-timing", timing)), self._answers.max_bytes)
             asked = rewrite(body, usage=True) if question.stream and not question.usage else body
             with self._answers.flight(question, collecting):
-                await self._relay(worker, request, asked, scope, receive, collecting)
+                await self._relay(worker, request, asked, took, scope, receive, collecting)
         elif self._settings.edge == "nginx" and worker.beat.metered and alias is None:
             self._decided[route].inc()
-            await self._accelerate(worker, request, len(tried.tried) + 1, timing, send)
+            await self._accelerate(worker, request.context(len(tried.tried) + 1, took), request.id, timing, send)
         else:
             self._metrics.decisions.labels(route, "relay").inc()
             explained = _explain(send, (b"server-timing", timing), (HEADER, BYPASS))
-            await self._relay(worker, request, body, scope, receive, explained)
+            await self._relay(worker, request, body, took, scope, receive, explained)
 
     async def _remember(
         self, question: Question, key: ApiKey, ask: Ask, request_id: bytes, started: float, send: Send
@@ -193,7 +193,7 @@ class RequestPath:
             worker=ANSWER_CACHE, started_at=time.time() - took, stream=question.stream, outcome="ok", status=200,
             finish_reason=document["choices"][0]["finish_reason"], prompt_tokens=usage["prompt_tokens"],
             cached_tokens=usage["prompt_tokens"], completion_tokens=usage["completion_tokens"],
-            ttft_s=round(took, 6), duration_s=round(took, 6),
+            decision_s=round(took, 6), ttft_s=round(took, 6), duration_s=round(took, 6),
         )
         self._meter.begin(record)
         self._meter.end(record)
@@ -204,7 +204,7 @@ class RequestPath:
         return True
 
     async def _accelerate(
-        self, worker: Worker, request: "_Request", attempt: int, timing: bytes, send: Send
+        self, worker: Worker, context: bytes, request_id: bytes, timing: bytes, send: Send
     ) -> None:
         """Tell nginx where to send the original request."""
         await send({
@@ -214,9 +214,9 @@ class RequestPath:
                 (b"x-accel-redirect", b"@worker"),
                 (b"x-worker", worker.beat.address.encode()),
                 (b"x-worker-token", self._token),
-                (b"x-request-id", request.id),
+                (b"x-request-id", request_id),
                 (b"server-timing", timing),
-                (CONTEXT, request.context(attempt)),
+                (CONTEXT, context),
                 (HEADER, BYPASS),
                 (b"content-length", b"0"),
             ],
@@ -224,7 +224,8 @@ class RequestPath:
         await send({"type": "http.response.body", "body": b""})
 
     async def _relay(
-        self, worker: Worker, request: "_Request", body: bytes, scope: Scope, receive: Receive, send: Send
+        self, worker: Worker, request: "_Request", body: bytes, took_s: float, scope: Scope, receive: Receive,
+        send: Send,
     ) -> None:
         """Carry the bytes of `body`, the request's own or what we made of it; on an early failure, choose again."""
         tried = attempts.Attempts()
@@ -234,7 +235,7 @@ class RequestPath:
                 *[(n, v) for n, v in scope["headers"] if n not in (b"x-request-id", PRIORITY, CONTEXT)],
                 *self._priority,
                 (b"x-request-id", request.id),
-                (CONTEXT, request.context(len(tried.tried) + 1)),
+                (CONTEXT, request.context(len(tried.tried) + 1, took_s)),
             ]}
             upstream = Upstream(self._session, address, self._settings.worker_token)
             app = upstream if worker.beat.metered else Metering(upstream, self._meter, worker.beat.id)
@@ -242,7 +243,8 @@ class RequestPath:
                 await app(forwarded, _replay(body, receive), send)
                 return
             except errors.UpstreamFailed as failure:
-                tried = attempts.Attempts((*tried.tried, address), tried.deaths + failure.ran)
+                reason: attempts.Reason = "refused" if not failure.ran else "failed" if failure.answered else "died"
+                tried = attempts.Attempts((*tried.tried, address), tried.deaths + failure.ran, reason=reason)
             try:
                 self._refuse_poison(tried, request.body)
                 worker = self._choose(request.ask, request.cache_scope, tried).worker
@@ -271,7 +273,7 @@ class RequestPath:
     def _choose(self, ask: Ask, cache_scope: str, tried: attempts.Attempts) -> routing.Route:
         for address in tried.tried[-1:]:
             self._table.suspect(address)
-            self._metrics.retries.labels("died" if tried.deaths else "refused").inc()
+            self._metrics.retries.labels(tried.reason).inc()
             logger.warning("worker failed a request", address=address, deaths=tried.deaths)
         workers = self._table.serving(ask.model)
         if not workers and not tried.tried:

@@ -60,8 +60,19 @@ class Record(msgspec.Struct):
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     tokens_estimated: bool = False
+    decision_s: float | None = None
+    """What the gateway took to choose."""
     ttft_s: float | None = None
+    queue_s: float | None = None
+    """In the engine's queue; with `prefill_s` and `decode_s` what the engine itself says of a finished request."""
+    prefill_s: float | None = None
+    decode_s: float | None = None
     duration_s: float = 0.0
+
+    @property
+    def interactive(self) -> bool:
+        """Whether somebody waits for it: not a batch's."""
+        return not self.request_id.startswith(BATCH_REQUEST)
 
 
 _encode = msgspec.json.Encoder().encode

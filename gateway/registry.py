@@ -54,6 +54,10 @@ class Heartbeat(msgspec.Struct):
     """Requests queued in the engine."""
     kv_use: float = 0.0
     """Share of KV blocks in use, 0 to 1."""
+    prompt_tokens: int = 0
+    """Tokens read, cached ones among them, since the engine started; with the next two for rates, not for bills."""
+    cached_tokens: int = 0
+    generated_tokens: int = 0
     metered: bool = True
     """False for an engine without our middleware: the relay then meters."""
     engine: str = ""
@@ -89,6 +93,8 @@ class WorkerTable:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.workers: dict[str, Worker] = {}
+        self.lost = 0
+        """Workers that went without having drained: killed, cut off, or their engine died."""
         self.known_models: set[str] = set()
         """Every model some worker has served: one of them may come back, so asking for it is no mistake."""
         self._clock = clock
@@ -104,7 +110,8 @@ class WorkerTable:
         if beat.state == "gone":
             if known is not None:
                 del self.workers[beat.id]
-                logger.info("worker left", worker=beat.id)
+                self.lost += known.beat.state != "draining"
+                logger.info("worker left", worker=beat.id, was=known.beat.state)
         elif known is None:
             self.workers[beat.id] = Worker(beat, self._clock())
             logger.info("worker joined", worker=beat.id, address=beat.address, state=beat.state)
@@ -118,7 +125,7 @@ class WorkerTable:
         """Forget workers that have been silent for longer than their heartbeat lives."""
         oldest = self._clock() - HEARTBEAT_TTL_MS / 1000
         for worker_id in [i for i, worker in self.workers.items() if worker.seen_at < oldest]:
-            del self.workers[worker_id]
+            self.lost += self.workers.pop(worker_id).beat.state != "draining"
             logger.warning("worker silent, dropped", worker=worker_id)
 
     def keep_alive(self) -> None:

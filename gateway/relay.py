@@ -63,7 +63,7 @@ class Upstream:
         try:
             async with self._session.post(self._url + scope["path"], data=body, headers=headers) as response:
                 if response.status >= 500:
-                    raise UpstreamFailed(f"status {response.status}", ran=response.status != 503)
+                    raise UpstreamFailed(f"status {response.status}", ran=response.status != 503, answered=True)
                 stream = response.content_type == "text/event-stream"
                 start = {
                     "type": "http.response.start",

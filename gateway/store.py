@@ -6,6 +6,7 @@
     usage          stream, one entry per finished request, field `r`      written by whoever metered it
     key:{id}       string, JSON `ApiKey`                                  written by `python -m gateway.keys`
     adapters, aliases   see `gateway/adapters.py`
+    used:*, ledger:*    see `services/ledger/books.py` and `costs.py`
     batch:{id}     string with a TTL: a batch of records that is already in    written by whoever metered it
 
 And in redis-cache, where everything has a TTL and may be evicted:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -33,7 +34,7 @@ def wait_for(check: Callable[[], object], what: str, timeout_s: float = 10.0) ->
     raise AssertionError(f"after {timeout_s:g} s: not {what}")
 
 
-BLOCK = 20  # a stack's programs listen next to its port
+BLOCK = 30  # a stack's programs listen next to its port
 BLOCKS = itertools.cycle(range(10000, 32000, BLOCK))
 for _ in range(os.getpid() % 1000):  # two runs on one machine seldom ask for the same ports
     next(BLOCKS)
@@ -61,13 +62,17 @@ class Stack:
         worker_ports: Sequence[int] = (),
     ) -> None:
         self.folder, self.edge, self.prefix = folder, edge, list(prefix)
-        ports = free_ports(14)
-        self.port, self.gateway_port, self.worker_ports = ports[0], ports[1], list(worker_ports) or ports[2:]
+        free = iter(free_ports(22))
+        self.port = next(free)
+        self.ports = Ports.take(free, 12)
+        if worker_ports:
+            self.ports = replace(self.ports, workers=tuple(worker_ports))
+        self.gateway_port, self.worker_ports = self.ports.gateway, list(self.ports.workers)
         self.dials = Dials(state=folder, model="/nowhere", model_name="fake", workers=12, port=self.port)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.dials.run_dir.mkdir(mode=0o711, exist_ok=True)
         make_secrets(self.dials.secrets)
-        write_configs(self.dials, Ports(self.gateway_port, 9, 9, 9, tuple(self.worker_ports)))
+        write_configs(self.dials, self.ports)
         self.start_redis()
         self.start_cache()
         self.gateway_args = ["--port", str(self.gateway_port), "--processes", str(processes)]

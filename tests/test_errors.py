@@ -138,7 +138,7 @@ def test_clients_cannot_steer_with_internal_headers(shared: Stack) -> None:
             "x-worker": "127.0.0.1:1", "x-accel-redirect": "/health", "x-owngpt-context": "admin 9", "x-worker-token": "x"}
     with shared.client() as client:
         seen = client.post(CHAT, json=body("echo headers"), headers=evil).json()
-    assert re.fullmatch(f"{shared.record.id} 1 [0-9a-f]{{32}}", seen["x-owngpt-context"])
+    assert re.fullmatch(f"{shared.record.id} 1 [0-9a-f]{{32}} [0-9]+", seen["x-owngpt-context"])
     assert "x-failed-worker" not in seen
     assert "x-accel-redirect" not in seen
     assert shared.key not in str(seen)

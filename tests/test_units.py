@@ -139,7 +139,7 @@ class TestTable:
 class TestAttempts:
     def test_refused_then_died(self) -> None:
         seen = attempts.read(" a:1 b:1", "300 : 0 : 350 : 512", "200 : 502 : 200 : 502")
-        assert seen == attempts.Attempts(("a:1", "b:1"), 1, False)
+        assert seen == attempts.Attempts(("a:1", "b:1"), 1, False, "died")
 
     def test_a_retried_connection_counts_once(self) -> None:
         assert attempts.read("a:1", "0, 300 : 0, 900", "502, 200 : 502, 502").deaths == 1

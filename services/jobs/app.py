@@ -12,13 +12,15 @@ from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from loguru import logger
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from redis.exceptions import RedisError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gateway import errors, logs
 from gateway.adapters import CHANNEL_ALIASES, AliasTable
-from gateway.app import answer_api_error, answer_http_exception
+from gateway.app import answer_api_error, answer_http_exception, answer_invalid
 from gateway.auth import Authenticator, bearer
 from gateway.keys import ApiKey
 from gateway.records import Recorder
@@ -29,6 +31,7 @@ from services.jobs.aliases import NAME, Aliases, PutAlias, public
 from services.jobs.asking import Asking
 from services.jobs.batches import Batches, CreateBatch
 from services.jobs.files import UPLOADS, Files, page, too_large
+from services.jobs.metrics import JobsMetrics
 from services.jobs.pacing import Pacing
 from services.jobs.settings import JobsSettings
 from services.jobs.tuning import CreateJob, Tuning
@@ -60,6 +63,8 @@ def create(settings: JobsSettings) -> FastAPI:
         app.state.aliases, app.state.table = Aliases(redis), table
         session = open_session(settings)
         recorder = Recorder(connect(settings))
+        app.state.registry = CollectorRegistry()
+        app.state.metrics = metrics = JobsMetrics(app.state.registry)
         asking = Asking(settings, redis, recorder, table, aliases, session)
         pacing = Pacing(redis, table)
 
@@ -67,7 +72,7 @@ def create(settings: JobsSettings) -> FastAPI:
             return table.models().keys() | aliases.targets.keys()
 
         app.state.batches = batches = Batches(
-            redis, files, settings.files_dir / "batches", asking, models, pacing.room
+            redis, files, settings.files_dir / "batches", asking, models, pacing.room, metrics
         )
 
         async def on_connect(connection: Any) -> None:
@@ -111,6 +116,13 @@ def create(settings: JobsSettings) -> FastAPI:
     async def health() -> dict[str, str]:
         """The process answers."""
         return {"status": "ok"}
+
+    @api.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """Prometheus text. nginx does not let it out."""
+        with contextlib.suppress(RedisError, OSError):  # the rest is as true without it
+            request.app.state.metrics.queued.set(await request.app.state.tuning.queued())
+        return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
 
     add_files(api)
     add_tuning(api)
@@ -311,17 +323,6 @@ def add_aliases(api: FastAPI) -> None:
 async def answer_nobody(request: Request, error: Exception) -> Response:
     """The client left in the middle of its upload; nothing of it was kept, and nobody reads this."""
     return Response(status_code=499)
-
-
-async def answer_invalid(request: Request, error: Exception) -> Response:
-    """Pydantic's complaint in OpenAI's shape: the first field, all of them in the text."""
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it only
-    problems = [
-        (".".join(str(p) for p in e["loc"] if p not in ("body", "query")), e["msg"], e.get("input"))
-        for e in error.errors()
-    ]
-    text = "; ".join(f"{name or 'body'}: {message} (got {str(value)[:100]!r})" for name, message, value in problems)
-    return await answer_api_error(request, errors.InvalidRequest(text, param=problems[0][0] or None))
 
 
 def from_environment() -> FastAPI:

@@ -28,6 +28,7 @@ from gateway.records import Record
 from gateway.store import USAGE, end_tasks
 from services.jobs import lines
 from services.jobs.files import Files
+from services.jobs.metrics import JobsMetrics
 from services.jobs.results import EXPIRED, Result, Results, row
 from services.jobs.store import File, batch_key, batches_key, is_id, move_key, new_id, pack, unpack
 
@@ -116,12 +117,17 @@ class Batches:
 
     def __init__(
         self, redis: Redis, files: Files, folder: Path, ask: Ask, models: Callable[[], set[str]],
-        room: Callable[[int], bool],
+        room: Callable[[int], bool], metrics: JobsMetrics,
     ) -> None:
         self._redis, self._files, self._folder = redis, files, folder
         self._ask, self._models, self._room = ask, models, room
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._waiting: dict[str, int] = {}
         self.in_flight = 0
+        self._metrics = metrics
+        metrics.active.set_function(lambda: len(self._tasks))
+        metrics.in_flight.set_function(lambda: self.in_flight)
+        metrics.waiting.set_function(lambda: sum(self._waiting.values()))
         self._freed = asyncio.Event()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -209,6 +215,7 @@ class Batches:
             gone = [lines.problem(None, "file_not_found", error.message, "input_file_id")]
             unfinished = ("validating", "in_progress", "cancelling", "finalizing")
             await self._move(batch, unfinished, status="failed", errors=gone, failed_at=int(time.time()))
+            self._metrics.ended.labels("failed").inc()
             return
         while not (models := self._models()):  # noqa: ASYNC110 - nothing tells when the first worker comes
             await asyncio.sleep(0.5)
@@ -217,6 +224,7 @@ class Batches:
         if batch.status == "validating":
             if problems:
                 await self._move(batch, ("validating",), status="failed", errors=problems, failed_at=now)
+                self._metrics.ended.labels("failed").inc()
                 return
             model = used.pop() if len(used) == 1 else None
             await self._move(
@@ -263,6 +271,7 @@ class Batches:
                         self.in_flight += 1
                         task = group.create_task(self._one(batch, source, waiting.pop(), results, paid))
                         task.add_done_callback(self._free)
+                    self._waiting[batch.id] = len(waiting)
                     self._freed.clear()
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._freed.wait(), POLL_S)
@@ -270,6 +279,7 @@ class Batches:
                 for line in waiting:
                     results.add(Result(False, row(batch.id, line, error=EXPIRED)))
         finally:
+            self._waiting.pop(batch.id, None)
             await end_tasks([writing])
         return ended
 
@@ -300,6 +310,7 @@ class Batches:
             await asyncio.sleep(RETRY_S * 2**attempt)
         response = {"status_code": status, "request_id": request_id, "body": json.loads(answer)}
         results.add(Result(status == 200, row(batch.id, line, response=response)))
+        self._metrics.lines.labels("completed" if status == 200 else "failed").inc()
 
     async def _write(self, batch: Batch, results: Results) -> None:
         """Bring results to disk several times a second, then count them."""
@@ -334,6 +345,7 @@ class Batches:
         await self._move(
             batch, ("finalizing", "cancelling"), status=ended, **shown, **{f"{ended}_at": int(time.time())}
         )
+        self._metrics.ended.labels(ended).inc()
         logger.info("batch ends", batch=batch.id, status=ended, completed=results.completed, failed=results.failed)
 
     async def _move(self, batch: Batch, allowed: tuple[str, ...], **fields: Any) -> str:

@@ -228,6 +228,10 @@ class Tuning:
                 return await self.get(job.id, job.owner)
         raise errors.InvalidRequest(f"The job {job.id} is {status}; that cannot be done now.", code="wrong_state")
 
+    async def queued(self) -> int:
+        """Jobs that wait for a trainer."""
+        return len(await self._redis.lrange(FT_QUEUE, 0, -1))
+
     def _check_soon(self, job: Job) -> None:
         task = asyncio.create_task(self._check(job))
         self._checks.add(task)

@@ -9,9 +9,13 @@ import socket
 import string
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPERVISOR_PROGRAM = """\
@@ -87,9 +91,20 @@ class Ports:
 
     gateway: int
     jobs: int
+    ledger: int
     trainer: int
+    gpu_exporter: int
+    redis_exporter: int
+    nginx_status: int
+    nginx_exporter: int
     prometheus: int
     workers: tuple[int, ...]
+
+    @classmethod
+    def take(cls, free: Iterator[int], workers: int) -> "Ports":
+        """Out of a supply of free ports."""
+        singles = {f.name: next(free) for f in fields(cls) if f.name != "workers"}
+        return cls(**singles, workers=tuple(next(free) for _ in range(workers)))
 
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:
@@ -111,8 +126,7 @@ def pick_ports(dials: Dials) -> Ports:
         raise UserError(
             f"PORT={dials.port} is taken by another program. Choose another: make up PORT={dials.port + 100}"
         )
-    free = (port for port in range(dials.port + 1, 65535) if is_free(port))
-    return Ports(next(free), next(free), next(free), next(free), tuple(next(free) for _ in range(dials.workers)))
+    return Ports.take((port for port in range(dials.port + 1, 65535) if is_free(port)), dials.workers)
 
 
 def find_redis() -> str:
@@ -154,6 +168,10 @@ def write_configs(dials: Dials, ports: Ports) -> None:
     addresses = [f"127.0.0.1:{port}" for port in ports.workers]
     pool = subprocess.run(["sh", str(ROOT / "nginx/pool.sh"), *addresses], check=True, capture_output=True, text=True)
     (run_dir / "pool.conf").write_text(pool.stdout)
+    # A copy: nginx's workers may be somebody who cannot read this folder.
+    shutil.copytree(ROOT / "nginx/console", run_dir / "console", dirs_exist_ok=True)
+    for path in (run_dir / "console").rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     origins = os.environ.get("CORS_ORIGINS", "").split()
     (run_dir / "nginx.conf").write_text(render(ROOT / "nginx/nginx.conf.template", {
         "RUN_DIR": str(run_dir),
@@ -164,16 +182,52 @@ def write_configs(dials: Dials, ports: Ports) -> None:
         "CORS_MAP": " ".join(f'"{origin}" $http_origin;' for origin in origins),
         "GATEWAY_ADDRESS": f"127.0.0.1:{ports.gateway}",
         "JOBS_ADDRESS": f"127.0.0.1:{ports.jobs}",
+        "LEDGER_ADDRESS": f"127.0.0.1:{ports.ledger}",
+        "STATUS_LISTEN": f"127.0.0.1:{ports.nginx_status}",
+        "STATUS_ALLOW": "127.0.0.1",
+        "CONSOLE_DIR": str(run_dir / "console"),
+        "GRAFANA_ADDRESS": "127.0.0.1:9",  # nobody: Grafana comes with the containers
         "MAX_FILE_BYTES": os.environ.get("MAX_FILE_BYTES") or "536870912",
         "MAX_BODY_BYTES": os.environ.get("MAX_BODY_BYTES") or "4194304",
         "READ_TIMEOUT_S": "600",
         "ACCESS_LOG": "/dev/stdout",
     }))
-    (run_dir / "prometheus.yml").write_text(render(ROOT / "monitoring/prometheus.yml.template", {
-        "GATEWAY_TARGET": f'"127.0.0.1:{ports.gateway}"',
-        "TRAINER_TARGET": f'"127.0.0.1:{ports.trainer}"',
-        "WORKER_TARGETS": ", ".join(f'"{address}"' for address in addresses),
-    }))
+    (run_dir / "prometheus.yml").write_text(yaml.safe_dump(prometheus_config(dials, ports), sort_keys=False))
+
+
+def prometheus_config(dials: Dials, ports: Ports) -> dict[str, Any]:
+    """The containers' configuration with this run's addresses: jobs whose exporter is not installed are left out."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "monitoring/prometheus/prometheus.yml").read_text())
+    targets = {
+        "gateway": [ports.gateway], "worker": list(ports.workers), "jobs": [ports.jobs], "ledger": [ports.ledger],
+        "trainer": [ports.trainer], "gpu_exporter": [ports.gpu_exporter], "prometheus": [ports.prometheus],
+        "nginx": [ports.nginx_exporter] if find_exporter("nginx") else [],
+    }
+    config["rule_files"] = [str(ROOT / "monitoring/prometheus" / path) for path in config["rule_files"]]
+    del config["alerting"]
+    jobs = []
+    for job in config["scrape_configs"]:
+        job.pop("dns_sd_configs", None)
+        if job["job_name"] == "redis":
+            if not find_exporter("redis"):
+                continue
+            job["static_configs"] = [{"targets": [f"unix://{dials.run_dir}/{name}.sock" for name in REDIS_SERVERS]}]
+            job["relabel_configs"][1]["regex"] = r".*/(.+)\.sock"
+            job["relabel_configs"][2]["replacement"] = f"127.0.0.1:{ports.redis_exporter}"
+        elif found := targets[job["job_name"]]:
+            job["static_configs"] = [{"targets": [f"127.0.0.1:{port}" for port in found]}]
+        else:
+            continue
+        jobs.append(job)
+    return config | {"scrape_configs": jobs}
+
+
+def find_exporter(server: str) -> str | None:
+    """The system's Prometheus exporter for nginx or redis, if it is installed."""
+    return shutil.which(f"prometheus-{server}-exporter")
+
+
+REDIS_SERVERS = ("redis", "redis-cache")
 
 
 def cache_command(sock: Path, secrets: Path, maxmemory: str = "1gb") -> list[str]:
@@ -227,6 +281,15 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
         "CACHE_SCOPE": os.environ.get("CACHE_SCOPE") or "key",
         "FILES_DIR": str(dials.state / "files"),
     }, priority=30))
+    prometheus = shutil.which("prometheus")
+    found.append(Program("ledger", [python, "-m", "services.ledger", "--port", str(ports.ledger)], shared | {
+        "REDIS_PASSWORD_FILE": str(dials.secrets / "ledger/redis_password"),
+        "GPU_EXPORTER_URL": f"http://127.0.0.1:{ports.gpu_exporter}",
+        "PROMETHEUS_URL": f"http://127.0.0.1:{ports.prometheus}" if prometheus else "",
+    }, priority=30))
+    found.append(Program("gpu_exporter", [
+        python, "-m", "services.gpu_exporter", "--port", str(ports.gpu_exporter),
+    ], shared | {"DISKS": str(dials.state)}, priority=30))
     found.append(Program("trainer", [python, "-m", "services.trainer"], shared | {
         "REDIS_PASSWORD_FILE": str(dials.secrets / "trainer/redis_password"),
         "WORKER_TOKEN_FILE": str(dials.secrets / "trainer/worker_token"),
@@ -238,10 +301,28 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
     }, stop_s=15, priority=30))
     found.append(Program("nginx", [find_nginx(), "-p", str(run_dir), "-e", "stderr", "-c", str(run_dir / "nginx.conf")],
                          priority=40))
-    if prometheus := shutil.which("prometheus"):
+    found += exporters(dials, ports)
+    if prometheus:
         found.append(Program("prometheus", [
             prometheus, f"--config.file={run_dir}/prometheus.yml", f"--storage.tsdb.path={dials.state}/prometheus",
             f"--web.listen-address=127.0.0.1:{ports.prometheus}", "--storage.tsdb.retention.time=7d",
+        ], priority=50))
+    return found
+
+
+def exporters(dials: Dials, ports: Ports) -> list[Program]:
+    """The system's exporters for nginx and redis, where they are installed and Prometheus is there to read them."""
+    found = []
+    if (redis := find_exporter("redis")) and shutil.which("prometheus"):
+        # The password goes through the shell, so that it stands in no file but its own and in no command line.
+        found.append(Program("redis-exporter", [
+            "sh", "-c", 'REDIS_PASSWORD=$(cat "$0") exec "$@"', str(dials.secrets / "monitor/redis_password"), redis,
+            "-redis.user", "monitor", "-redis.addr", "", "-web.listen-address", f"127.0.0.1:{ports.redis_exporter}",
+        ], priority=50))
+    if (nginx := find_exporter("nginx")) and shutil.which("prometheus"):
+        found.append(Program("nginx-exporter", [
+            nginx, "-nginx.scrape-uri", f"http://127.0.0.1:{ports.nginx_status}/status",
+            "-web.listen-address", f"127.0.0.1:{ports.nginx_exporter}",
         ], priority=50))
     return found
 

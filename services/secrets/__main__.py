@@ -6,6 +6,8 @@ One folder per reader, so that a container mounts nothing it does not need:
     DIR/worker       redis_password  worker_token  kv_secret
     DIR/jobs         redis_password  worker_token  cache_secret
     DIR/trainer      redis_password  worker_token
+    DIR/ledger       redis_password
+    DIR/monitor      redis_password  redis_passwords.json  admin_password   (redis exporter, Grafana)
     DIR/redis        users.acl  cache.acl       (digests only)
 """
 
@@ -30,6 +32,11 @@ user jobs on #{jobs} resetkeys %R~key:* %R~worker:* %R~workers ~running:* ~usage
 resetchannels &workers &keys &aliases -@all +ping +hello +multi +exec +discard +get +set +del +exists +mget \
 +scan +smembers +sadd +srem +hset +hget +hgetall +hdel +zadd +zrem +zcard +zrevrange +rpush +lpush +lrange +xadd \
 +xread +xrange +xrevrange +publish +subscribe +unsubscribe +eval
+user ledger on #{ledger} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~used:* ~ledger:* \
+resetchannels &workers &keys -@all +ping +hello +get +set +mget +smembers +hgetall +hincrby +incrbyfloat +expire \
++xread +subscribe +unsubscribe +eval
+user monitor on #{monitor} resetkeys resetchannels -@all +ping +hello +info +config|get +slowlog|len +slowlog|get \
++latency|latest +latency|histogram +client|list +client|setname
 user trainer on #{trainer} resetkeys %R~worker:* %R~workers ~file:* ~files:* ~ftjob:* ~ftqueue ~fttaken ~ftlease:* \
 ~ftevents:* ~ftcheckpoints:* ~adapters resetchannels -@all +ping +hello +multi +exec +discard +get +set +del +mget \
 +smembers +hget +hset +hgetall +hsetnx +zadd +rpush +lrange +lrem +ltrim +blmove +eval
@@ -37,10 +44,13 @@ user trainer on #{trainer} resetkeys %R~worker:* %R~workers ~file:* ~files:* ~ft
 """Each service may do what it does and nothing else; `health` may only PING. `default` is off, so nobody is ever that
 user, but keeps its rights: redis 7.0 replays the AOF as `default`, and without them it drops every transaction and
 script at the next start."""
+SERVICES = ("gateway", "worker", "jobs", "trainer", "ledger", "monitor")
 CACHE_ACL = """\
 user default off resetpass resetkeys resetchannels -@all
 user health on nopass resetkeys resetchannels -@all +ping
 user gateway on #{gateway} resetkeys ~answer:* resetchannels -@all +ping +hello +get +getex +set +del
+user monitor on #{monitor} resetkeys resetchannels -@all +ping +hello +info +config|get +slowlog|len +slowlog|get \
++latency|latest +latency|histogram +client|list +client|setname
 user worker on #{worker} resetkeys ~kv:* ~kvseen:* resetchannels -@all +ping +hello +strlen +getex +set +expire +info
 """
 """redis-cache: answers are the gateway's, KV blocks the workers'. It has no AOF, so `default` needs no rights."""
@@ -64,12 +74,13 @@ def ensure(path: Path, secret: str | None = None) -> str:
 
 def make(root: Path) -> None:
     """Make what is missing below `root`. Raises OSError."""
-    passwords = {who: ensure(root / who / "redis_password") for who in ("gateway", "worker", "jobs", "trainer")}
+    passwords = {who: ensure(root / who / "redis_password") for who in SERVICES}
     for who in ("worker", "trainer", "jobs"):
         ensure(root / who / "worker_token", ensure(root / "gateway" / "worker_token"))
     digests = {who: sha256(password.encode()).hexdigest() for who, password in passwords.items()}
     ensure(root / "jobs" / "cache_secret", ensure(root / "gateway" / "cache_secret"))
     ensure(root / "worker" / "kv_secret")
+    ensure(root / "monitor" / "admin_password")
     write(root / "redis" / "users.acl", ACL.format(**digests))
     write(root / "redis" / "cache.acl", CACHE_ACL.format(**digests))
 

@@ -32,9 +32,11 @@ from services.worker import engine, identity, shm
 from services.worker.middleware import LOAD_PATH, WORKER_ID
 from services.worker.settings import WorkerSettings
 
-STEPS = re.compile(rb"^vllm:iteration_tokens_total_count\{[^}]*\} (\S+)", re.M)
-WAITING = re.compile(rb"^vllm:num_requests_waiting\{[^}]*\} (\S+)", re.M)
-KV_USE = re.compile(rb"^vllm:kv_cache_usage_perc\{[^}]*\} (\S+)", re.M)
+READ = [re.compile(rb"^vllm:%s\{[^}]*\} (\S+)" % name, re.M) for name in (
+    b"iteration_tokens_total_count", b"num_requests_waiting", b"kv_cache_usage_perc",
+    b"prompt_tokens_total", b"prompt_tokens_cached_total", b"generation_tokens_total",
+)]
+"""What heartbeats carry of the engine's metrics."""
 METRICS_EVERY_S = 1.0
 RECONCILE_EVERY_S = 1.0
 RETRY_LOAD_S = 10.0
@@ -224,10 +226,12 @@ class Agent:
             self._stepped_at = time.monotonic()
 
     def _read_metrics(self, text: bytes) -> None:
-        steps, waiting, kv_use = (sum(map(float, p.findall(text))) for p in (STEPS, WAITING, KV_USE))
+        steps, waiting, kv_use, prompt, cached, generated = (sum(map(float, p.findall(text))) for p in READ)
         if steps != self._steps:
             self._steps, self._stepped_at = steps, time.monotonic()
-        self._beat.waiting, self._beat.kv_use = int(waiting), kv_use
+        beat = self._beat
+        beat.waiting, beat.kv_use = int(waiting), kv_use
+        beat.prompt_tokens, beat.cached_tokens, beat.generated_tokens = int(prompt), int(cached), int(generated)
 
     def _state(self) -> State:
         """Stalled: the server's process is silent, or requests run while the engine makes no step (vLLM #39863)."""

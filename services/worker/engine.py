@@ -9,6 +9,8 @@ from pathlib import Path
 from services.worker.settings import WorkerSettings
 
 MIDDLEWARE = "services.worker.middleware.WorkerMiddleware"
+PLUGIN = Path(__file__).parent / "plugin"
+"""Holds the entry point by which vLLM finds `stat_logger.py`."""
 NO_MEDIA_DOMAIN = "media-fetching-is-off.invalid"
 """`--allowed-media-domains` with a name that cannot exist: no `image_url` is ever fetched (SSRF)."""
 
@@ -121,6 +123,7 @@ def kv_tier(settings: WorkerSettings) -> list[str]:
 def environment(settings: WorkerSettings) -> dict[str, str]:
     """The engine's environment: ours, and vLLM's own switches."""
     env = dict(os.environ)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PLUGIN), env.get("PYTHONPATH")]))
     env |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
     if Path(settings.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"

@@ -13,6 +13,7 @@ from gateway.metering import Meter, Metering
 from gateway.metrics import RequestMetrics
 from gateway.records import Recorder
 from gateway.store import connect
+from services.worker import times
 from services.worker.settings import WorkerSettings
 
 LOAD_PATH = "/owngpt/load"
@@ -32,7 +33,7 @@ class WorkerMiddleware:
         self._expected = f"Bearer {settings.worker_token}".encode()
         self._recorder = Recorder(connect(settings))
         served = frozenset({settings.served_name})
-        self._meter = Meter(self._recorder, RequestMetrics(REGISTRY), lambda: served)
+        self._meter = Meter(self._recorder, RequestMetrics(REGISTRY), lambda: served, times.take)
         self._metered = Metering(app, self._meter, os.environ[WORKER_ID], salts=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,0 +1,197 @@
+"""The ledger as a FastAPI app: python -m services.ledger serves it behind nginx."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from loguru import logger
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+
+from gateway import errors, logs
+from gateway.app import answer_api_error, answer_http_exception, answer_invalid
+from gateway.auth import Authenticator, bearer
+from gateway.keys import ApiKey
+from gateway.registry import Feed, WorkerTable, load_workers
+from gateway.store import CHANNEL_KEYS, CHANNEL_WORKERS, connect, end_tasks
+from services.ledger.books import ALL, Books, total
+from services.ledger.costs import Costs
+from services.ledger.metrics import LedgerMetrics
+from services.ledger.neighbours import Neighbours
+from services.ledger.pulse import LastMinute, Speeds, describe
+from services.ledger.settings import LedgerSettings
+
+RETRY_S = 1.0
+COST_EVERY_S = 5
+
+
+class Ledger:
+    """Everything the routes read, and the tasks that keep it fresh."""
+
+    def __init__(self, settings: LedgerSettings) -> None:
+        self._settings = settings
+        self._redis = connect(settings)
+        self.registry = CollectorRegistry()
+        self.metrics = LedgerMetrics(self.registry)
+        self.authenticator = Authenticator(self._redis)
+        self.table = WorkerTable()
+        self.books = Books(connect(settings, timeout_s=5.0))
+        self.costs = Costs(self._redis, settings.hourly_usd, settings.budget_usd)
+        self.last_minute = LastMinute()
+        self.speeds = Speeds()
+        self.neighbours = Neighbours(settings.gpu_exporter_url, settings.prometheus_url)
+        self._tokens_today = 0
+        self._feed = Feed(
+            lambda: connect(settings, timeout_s=None),
+            {CHANNEL_WORKERS: self.table.take, CHANNEL_KEYS: self.authenticator.forget},
+            self._on_connect,
+        )
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """With its tasks."""
+        self.metrics.show(self.costs)
+        tasks = [
+            asyncio.create_task(work)
+            for work in (self._feed.run(), self._follow(), self._tend(), self.neighbours.run())
+        ]
+        logger.info("ledger up")
+        try:
+            yield
+        finally:
+            await end_tasks(tasks)
+            await self.books.close()
+            await self._redis.aclose()
+
+    async def _on_connect(self, redis: Any) -> None:
+        self.authenticator.distrust()
+        await load_workers(redis, self.table)
+
+    async def _follow(self) -> None:
+        """Read the usage stream, for ever."""
+        away = False
+        while True:
+            try:
+                records = await self.books.next_records()
+                self.metrics.count(records)
+                self.last_minute.add(records)
+                if not records:
+                    self.metrics.behind.set(time.time())
+                away = False
+            except (RedisError, OSError) as error:
+                if not away:
+                    logger.warning("redis is away; usage is read later", error=str(error) or type(error).__name__)
+                away = True
+                await asyncio.sleep(RETRY_S)
+            except Exception:  # a bug here must not end the following
+                logger.exception("the usage stream was not read")
+                await asyncio.sleep(RETRY_S)
+
+    async def _tend(self) -> None:
+        """Once a second: silent workers, speeds; now and then: money."""
+        seconds = 0
+        while True:
+            if self._feed.connected:
+                self.table.expire()
+            else:
+                self.table.keep_alive()
+            self.speeds.take(self.table.workers.values())
+            if seconds % COST_EVERY_S == 0:
+                with contextlib.suppress(RedisError, OSError):  # the gap is counted at the next tick
+                    await self.costs.tick()
+                    used = await self.books.days(ALL, 1)
+                    self._tokens_today = _tokens(total(used[0][1])) if used else 0
+                    self.metrics.show(self.costs)
+            seconds += 1
+            await asyncio.sleep(1.0)
+
+    def status(self) -> dict[str, object]:
+        """What `/v1/status` says."""
+        workers = sorted(self.table.workers.values(), key=lambda worker: worker.beat.id)
+        speeds = [self.speeds.of(worker.beat.id) for worker in workers]
+        return {
+            "object": "status",
+            "at": time.time(),
+            "workers": [describe(w.beat, speed) for w, speed in zip(workers, speeds, strict=True)],
+            "total": {
+                "ready": self.table.states()["ready"],
+                "in_flight": sum(w.beat.in_flight for w in workers),
+                "waiting": sum(w.beat.waiting for w in workers),
+                "tokens_per_s": round(sum(out for out, _ in speeds), 1),
+                "prompt_tokens_per_s": round(sum(read for _, read in speeds), 1),
+            },
+            "last_minute": self.last_minute.public(),
+            "gpus": self.neighbours.gpus,
+            "host": self.neighbours.host,
+            "cost": self.costs.public(self._tokens_today),
+            "alerts": self.neighbours.alerts,
+        }
+
+
+def _tokens(counts: dict[str, int]) -> int:
+    """Prompt and completion tokens together."""
+    return counts["prompt_tokens"] + counts["completion_tokens"]
+
+
+async def owner(request: Request) -> str:
+    """Whose request this is: the id of its API key."""
+    key: ApiKey = await request.app.state.ledger.authenticator.check(bearer(request.scope["headers"]))
+    return key.id
+
+
+Owner = Annotated[str, Depends(owner)]
+
+
+def create(settings: LedgerSettings) -> FastAPI:
+    """The app."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.ledger = ledger = Ledger(settings)
+        async with ledger.running():
+            yield
+
+    api = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    api.add_exception_handler(errors.ApiError, answer_api_error)
+    api.add_exception_handler(HTTPException, answer_http_exception)
+    api.add_exception_handler(RequestValidationError, answer_invalid)
+
+    @api.get("/health")
+    async def health() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @api.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """Prometheus text. nginx does not let it out."""
+        return Response(generate_latest(request.app.state.ledger.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @api.get("/v1/status")
+    async def status(request: Request, _: Owner) -> dict[str, object]:
+        """How the stack is doing, for anybody with a key."""
+        return dict(request.app.state.ledger.status())
+
+    @api.get("/v1/usage")
+    async def usage(
+        request: Request, who: Owner, days: Annotated[int, Query(ge=1, le=100)] = 30
+    ) -> dict[str, object]:
+        """What the asking key has used, by day and model, today first. Days are UTC."""
+        found = await request.app.state.ledger.books.days(who, days)
+        return {
+            "object": "usage", "key": who,
+            "days": [{"date": day.isoformat(), "models": models, "total": total(models)} for day, models in found],
+        }
+
+    return api
+
+
+def from_environment() -> FastAPI:
+    """The factory that uvicorn calls."""
+    settings = LedgerSettings()  # filled from the environment
+    logs.configure("ledger", settings.log_level)
+    return create(settings)

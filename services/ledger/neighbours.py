@@ -1,0 +1,111 @@
+"""What the ledger asks of others for its status: GPUs and host of the exporter, firing alerts of Prometheus."""
+
+import asyncio
+from typing import Any
+
+import httpx
+from loguru import logger
+from prometheus_client.parser import text_string_to_metric_families
+
+EVERY_S = 2.0
+TIMEOUT_S = 1.0
+
+Samples = dict[str, list[tuple[dict[str, str], float]]]
+
+
+def read_samples(text: str) -> Samples:
+    """Prometheus text as name -> [(labels, value)]."""
+    found: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return found
+
+
+def gpus(samples: Samples) -> list[dict[str, object]]:
+    """Each GPU as the status shows it; a value its driver does not tell is None."""
+    found: list[dict[str, object]] = []
+    for labels, _ in samples.get("gpu_info", []):
+        gpu = labels["gpu"]
+
+        def value(name: str, gpu: str = gpu, **more: str) -> float | None:
+            wanted = {"gpu": gpu, **more}
+            return next((v for own, v in samples.get(name, []) if wanted.items() <= own.items()), None)
+
+        found.append({
+            "gpu": gpu, "name": labels["name"],
+            "utilization": value("gpu_utilization_ratio"),
+            "memory_used_bytes": value("gpu_memory_used_bytes", mig=""),
+            "memory_total_bytes": value("gpu_memory_total_bytes", mig=""),
+            "power_watts": value("gpu_power_watts"),
+            "temperature_celsius": value("gpu_temperature_celsius"),
+            "throttled": sorted(
+                own["reason"] for own, on in samples.get("gpu_throttle_active", [])
+                if own["gpu"] == gpu and on and own["reason"] != "idle"
+            ),
+        })  # fmt: skip
+    return found
+
+
+def host(samples: Samples) -> dict[str, float | None]:
+    """The machine as the status shows it."""
+    def value(name: str) -> float | None:
+        return samples[name][0][1] if samples.get(name) else None
+
+    return {
+        "cpu_utilization": value("host_cpu_utilization_ratio"),
+        "memory_used_bytes": value("host_memory_used_bytes"),
+        "memory_total_bytes": value("host_memory_total_bytes"),
+    }
+
+
+class Neighbours:
+    """Asked every EVERY_S; what does not answer is missing from the status, and said once in the log."""
+
+    def __init__(self, gpu_exporter_url: str, prometheus_url: str) -> None:
+        self._gpu_exporter_url, self._prometheus_url = gpu_exporter_url, prometheus_url
+        self._silent: set[str] = set()
+        self.gpus: list[dict[str, object]] | None = None
+        self.host: dict[str, float | None] | None = None
+        self.alerts: list[dict[str, str]] | None = None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with httpx.AsyncClient(timeout=TIMEOUT_S) as http:
+            while True:
+                text = await self._get(http, self._gpu_exporter_url, "/metrics")
+                samples = read_samples(text.text) if text is not None else None
+                self.gpus = gpus(samples) if samples is not None else None
+                self.host = host(samples) if samples is not None else None
+                answer = await self._get(http, self._prometheus_url, "/api/v1/alerts")
+                self.alerts = _alerts(answer.json()) if answer is not None else None
+                await asyncio.sleep(EVERY_S)
+
+    async def _get(self, http: httpx.AsyncClient, base: str, path: str) -> httpx.Response | None:
+        if not base:
+            return None
+        try:
+            answer = (await http.get(base + path)).raise_for_status()
+        except httpx.HTTPError as error:
+            if base not in self._silent:
+                logger.warning("does not answer; the status goes on without it", url=base, error=type(error).__name__)
+                self._silent.add(base)
+            return None
+        if base in self._silent:
+            logger.info("answers again", url=base)
+            self._silent.discard(base)
+        return answer
+
+
+def _alerts(answer: dict[str, Any]) -> list[dict[str, str]]:
+    """Alerts that are not silent by design, the firing first."""
+    found = [
+        {
+            "name": alert["labels"]["alertname"], "state": alert["state"],
+            "severity": alert["labels"].get("severity", ""), "since": alert["activeAt"],
+            "summary": alert["annotations"].get("summary", ""), "runbook": alert["annotations"].get("runbook_url", ""),
+        }
+        for alert in answer["data"]["alerts"]
+        if alert["labels"].get("severity") != "none"
+    ]  # fmt: skip
+    return sorted(found, key=lambda alert: (alert["state"] != "firing", alert["name"]))
