@@ -26,7 +26,7 @@ class RequestMetrics:
         )
         self.ttft = Histogram(
             "gen_ai_server_time_to_first_token_seconds",
-            "From the request's arrival to the first byte of the answer; batches, which nobody waits for, left out.",
+            "From a streamed request's arrival to the first byte of its answer; batches left out.",
             labels,
             buckets=TTFT_BUCKETS_S,
             registry=registry,
@@ -57,10 +57,10 @@ class RequestMetrics:
         model, route = record.model, record.route
         self.requests.labels(model, route, record.outcome).inc()
         self.duration.labels(model, route).observe(record.duration_s)
-        if record.ttft_s is not None and record.interactive:
+        if record.ttft_s is not None and record.stream and record.interactive:
             self.ttft.labels(model, route).observe(record.ttft_s)
             tokens = record.completion_tokens or 0
-            if record.stream and record.outcome == "ok" and tokens > 1 and record.duration_s > record.ttft_s:
+            if record.outcome == "ok" and tokens > 1 and record.duration_s > record.ttft_s:
                 self.tpot.labels(model, route).observe((record.duration_s - record.ttft_s) / (tokens - 1))
         self.tokens.labels(model, "prompt").inc(record.prompt_tokens or 0)
         self.tokens.labels(model, "cached").inc(record.cached_tokens or 0)

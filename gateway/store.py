@@ -29,7 +29,8 @@ from gateway.settings import Settings, StateSettings
 HEARTBEAT_TTL_MS = 3000
 WORKERS = "workers"
 USAGE = "usage"
-USAGE_MAX_ENTRIES = 1_000_000
+USAGE_MAX_ENTRIES = 300_000
+"""Some 650 bytes each: 200 MB of the state redis. Older ones are in the ledger's books."""
 
 CHANNEL_WORKERS = "workers"
 CHANNEL_KEYS = "keys"

@@ -1,21 +1,35 @@
-"""Render Prometheus's configuration as the launcher does and let promtool read it."""
+"""Let promtool and amtool read what Prometheus and Alertmanager will read: the containers' files and the launcher's."""
 
+import itertools
+import json
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from services.local.plan import ROOT, render
+import yaml
+
+from services.local.plan import ROOT, Dials, Ports, prometheus_config
 
 
 def main() -> int:
-    """promtool's exit status."""
+    """0 when the tools are content with everything."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "prometheus.yml")
-        path.write_text(render(ROOT / "monitoring/prometheus.yml.template",
-                               {"GATEWAY_TARGET": '"127.0.0.1:1"', "WORKER_TARGETS": '"127.0.0.1:2"', "TRAINER_TARGET": '"127.0.0.1:3"'}))
-        command = ["promtool", "check", "config", str(path)]
-        return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        local = Path(folder, "prometheus.yml")
+        dials = Dials(state=Path(folder), model="m", model_name="m")
+        local.write_text(yaml.safe_dump(prometheus_config(dials, Ports.take(itertools.count(8001), 2))))
+        configs = [local, ROOT / "monitoring/prometheus/prometheus.yml"]
+        commands = [["promtool", "check", "config", str(path)] for path in configs]
+        composed = subprocess.run(["docker", "compose", "--profile", "monitoring", "config", "--format", "json"],
+                                  cwd=ROOT, capture_output=True, text=True, check=False)
+        if composed.returncode == 0 and shutil.which("amtool"):
+            content = json.loads(composed.stdout)["configs"]["alertmanager"]["content"]
+            Path(folder, "alertmanager.yml").write_text(content)
+            commands.append(["amtool", "check-config", str(Path(folder, "alertmanager.yml"))])
+        else:
+            print("  alertmanager SKIPPED (needs docker compose and amtool)")
+        return max(subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode for command in commands)
 
 
 if __name__ == "__main__":

@@ -171,6 +171,16 @@ def create(settings: LedgerSettings) -> FastAPI:
         """Prometheus text. nginx does not let it out."""
         return Response(generate_latest(request.app.state.ledger.registry), media_type=CONTENT_TYPE_LATEST)
 
+    @api.post("/alerts")
+    async def alerts(request: Request) -> Response:
+        """What Alertmanager sends when nobody else is to be told; nginx does not let anybody in here."""
+        for alert in (await request.json()).get("alerts", []):
+            labels, notes = alert.get("labels", {}), alert.get("annotations", {})
+            level = "INFO" if alert.get("status") == "resolved" or labels.get("severity") == "none" else "WARNING"
+            logger.log(level, "alert", alert=labels.get("alertname"), status=alert.get("status"),
+                       severity=labels.get("severity"), summary=notes.get("summary"), runbook=notes.get("runbook_url"))
+        return Response(status_code=204)
+
     @api.get("/v1/status")
     async def status(request: Request, _: Owner) -> dict[str, object]:
         """How the stack is doing, for anybody with a key."""

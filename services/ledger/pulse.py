@@ -35,7 +35,7 @@ class LastMinute:
         since = self._clock() - WINDOW_S
         kept = [r for r in self._kept if r.started_at + r.duration_s >= since]
         self._kept = deque(kept, maxlen=MAX_KEPT)
-        first = sorted(r.ttft_s for r in kept if r.ttft_s is not None and r.interactive)
+        first = sorted(r.ttft_s for r in kept if r.ttft_s is not None and r.stream and r.interactive)
         prompt = sum(r.prompt_tokens or 0 for r in kept)
         return {
             "requests": len(kept),

@@ -7,6 +7,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -152,6 +153,16 @@ def process_states(dials: Dials) -> dict[str, str]:
         return {}
 
 
+def last_words(log: Path) -> str:
+    """The most telling line of a log: its last error, else its last line; of a JSON line the end of its text."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    telling = ([line for line in lines if "Error" in line] or lines or ["it says nothing"])[-1]
+    with contextlib.suppress(ValueError):
+        said = json.loads(telling)
+        telling = str(said.get("exception") or said.get("event")).strip().splitlines()[-1]
+    return telling[:300]
+
+
 def wait_until_ready(dials: Dials, supervisor: subprocess.Popen[bytes], progress: Progress) -> None:
     """Until every worker answers through nginx. Raises UserError with a program's last words when it gives up."""
     task = progress.add_task(f"loading {dials.model_name} on {dials.workers} worker(s)", total=USUAL_START_S)
@@ -167,9 +178,7 @@ def wait_until_ready(dials: Dials, supervisor: subprocess.Popen[bytes], progress
             log = dials.state / "logs" / f"{name}.log"
             died = name.startswith("worker") and '"engine died"' in log.read_text(errors="replace")
             if state == "FATAL" or died:
-                lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                telling = [line for line in lines if "Error" in line] or lines
-                raise UserError(f"{name} does not start: {telling[-1][:300] if telling else 'it says nothing'} ({log})")
+                raise UserError(f"{name} does not start: {last_words(log)} ({log})")
         if not progress.finished:
             progress.advance(task, 0.1)
         time.sleep(0.1)

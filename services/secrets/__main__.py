@@ -12,6 +12,7 @@ One folder per reader, so that a container mounts nothing it does not need:
 """
 
 import argparse
+import json
 import os
 import secrets
 import sys
@@ -81,6 +82,9 @@ def make(root: Path) -> None:
     ensure(root / "jobs" / "cache_secret", ensure(root / "gateway" / "cache_secret"))
     ensure(root / "worker" / "kv_secret")
     ensure(root / "monitor" / "admin_password")
+    addresses = ("redis://monitor@redis:6379", "redis://monitor@redis-cache:6379")
+    known = json.dumps(dict.fromkeys(addresses, passwords["monitor"]))
+    write(root / "monitor" / "redis_passwords.json", known + "\n")
     write(root / "redis" / "users.acl", ACL.format(**digests))
     write(root / "redis" / "cache.acl", CACHE_ACL.format(**digests))
 

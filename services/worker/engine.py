@@ -11,6 +11,8 @@ from services.worker.settings import WorkerSettings
 MIDDLEWARE = "services.worker.middleware.WorkerMiddleware"
 PLUGIN = Path(__file__).parent / "plugin"
 """Holds the entry point by which vLLM finds `stat_logger.py`."""
+LOGGING = Path(__file__).parent / "logging.json"
+"""Makes vLLM's own lines JSON."""
 NO_MEDIA_DOMAIN = "media-fetching-is-off.invalid"
 """`--allowed-media-domains` with a name that cannot exist: no `image_url` is ever fetched (SSRF)."""
 
@@ -125,6 +127,7 @@ def environment(settings: WorkerSettings) -> dict[str, str]:
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PLUGIN), env.get("PYTHONPATH")]))
     env |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
+    env["VLLM_LOGGING_CONFIG_PATH"] = str(LOGGING)
     if Path(settings.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if settings.adapters_dir is not None:
