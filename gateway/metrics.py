@@ -58,7 +58,8 @@ class RequestMetrics:
         self.requests.labels(model, route, record.outcome).inc()
         self.duration.labels(model, route).observe(record.duration_s)
         if record.ttft_s is not None and record.stream and record.interactive:
-            self.ttft.labels(model, route).observe(record.ttft_s)
+            # The exemplar leads from a slow dot on a panel to the lines of that very request.
+            self.ttft.labels(model, route).observe(record.ttft_s, {"request_id": record.request_id})
             tokens = record.completion_tokens or 0
             if record.outcome == "ok" and tokens > 1 and record.duration_s > record.ttft_s:
                 self.tpot.labels(model, route).observe((record.duration_s - record.ttft_s) / (tokens - 1))

@@ -137,6 +137,8 @@ def _build(panel: Panel) -> Any:
             builder = builder.with_target(loki.Dataquery().expr(expression).legend_format(legend).datasource(LOKI))
             continue
         query = prometheus.Dataquery().expr(expression).legend_format(legend or "__auto").datasource(PROMETHEUS)
+        if "time_to_first_token_seconds_bucket" in expression:
+            query = query.exemplar(True)
         if panel.kind == "table":
             query = query.instant().format(PromQueryFormat.TABLE)
         if panel.kind == "heatmap":

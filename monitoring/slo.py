@@ -84,7 +84,7 @@ FAST, SLOW = ("5m", "30m", "1h"), ("2h", "6h", "1d", "3d", "30d")
 def rules() -> dict[str, Any]:
     """The rules file."""
     return {"groups": [
-        _recording("slo-fast", "15s", FAST), _recording("slo-slow", "2m", SLOW),
+        _recording("slo-fast", "15s", FAST), _recording("slo-slow", "1m", SLOW),
         {"name": "slo-burn", "rules": [_alert(slo, burn) for slo in SLOS for burn in BURNS]},
     ]}  # fmt: skip
 

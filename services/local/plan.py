@@ -305,7 +305,8 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
     if prometheus:
         found.append(Program("prometheus", [
             prometheus, f"--config.file={run_dir}/prometheus.yml", f"--storage.tsdb.path={dials.state}/prometheus",
-            f"--web.listen-address=127.0.0.1:{ports.prometheus}", "--storage.tsdb.retention.time=7d",
+            f"--web.listen-address=127.0.0.1:{ports.prometheus}", "--storage.tsdb.retention.time=30d",
+            "--storage.tsdb.retention.size=4GB", "--enable-feature=exemplar-storage",
         ], priority=50))
     return found
 

@@ -1,0 +1,126 @@
+// Chat: streams an answer, can stop it, and says under it how fast it came, who wrote it and what was cached.
+
+import { call, events, json } from "./api.js";
+import { t } from "./i18n.js";
+import { $, make, number, seconds } from "./page.js";
+
+let history = [];
+let running = null;
+
+/** Fill the picker: base models first, adapters and aliases below, those that the key may use. */
+export async function show() {
+  const chosen = $("model").value;
+  const models = (await json("/v1/models")).data;
+  const own = models.filter((model) => model.parent), base = models.filter((model) => !model.parent);
+  $("model").replaceChildren(...[...base, ...own].map((model) =>
+    make("option", { value: model.id }, model.parent ? `${model.id} ← ${model.parent}` : model.id)));
+  if (models.some((model) => model.id === chosen)) $("model").value = chosen;
+}
+
+/** Choose a model in the picker. */
+export function choose(model) {
+  $("model").value = model;
+  $("question").focus();
+}
+
+export function setUp() {
+  $("temperature").addEventListener("input", () => ($("temperature-shown").value = $("temperature").value));
+  $("new-chat").addEventListener("click", () => {
+    running?.abort();
+    history = [];
+    $("messages").replaceChildren();
+    $("question").focus();
+  });
+  $("stop").addEventListener("click", () => running?.abort());
+  $("question").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      $("ask").requestSubmit();
+    }
+  });
+  $("ask").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const text = $("question").value.trim();
+    if (text && !running) ask(text);
+  });
+  document.addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
+}
+
+async function ask(text) {
+  $("question").value = "";
+  history.push({ role: "user", content: text });
+  add("user", text);
+  const item = add("assistant", "");
+  item.classList.add("writing");
+  running = new AbortController();
+  busy(true);
+  const started = performance.now();
+  const seen = { first: null, last: null, text: "", usage: null, headers: null, stopped: false };
+  try {
+    const system = $("system").value.trim();
+    const answer = await call("/v1/chat/completions", {
+      signal: running.signal,
+      json: {
+        model: $("model").value, stream: true, stream_options: { include_usage: true },
+        messages: [...(system ? [{ role: "system", content: system }] : []), ...history],
+        temperature: Number($("temperature").value), max_tokens: Number($("max-tokens").value) || undefined,
+      },
+    });
+    seen.headers = answer.headers;
+    for await (const part of events(answer)) {
+      const piece = part.choices?.[0]?.delta?.content;
+      if (piece) {
+        seen.last = performance.now();
+        seen.first ??= seen.last;
+        seen.text += piece;
+        put(item, seen.text);
+      }
+      seen.usage = part.usage ?? seen.usage;
+    }
+  } catch (error) {
+    seen.stopped = error.name === "AbortError";
+    if (!seen.stopped) item.append(make("p", { className: "error" }, error.code ? `${error.message} (${error.code})` : String(error.message)));
+  } finally {
+    running = null;
+    busy(false);
+    item.classList.remove("writing");
+  }
+  if (seen.text) history.push({ role: "assistant", content: seen.text });
+  item.append(facts(seen, started));
+}
+
+/** The line under an answer. */
+function facts(seen, started) {
+  const { usage, headers } = seen;
+  const said = [];
+  if (seen.first) said.push(`${t("first token")} ${seconds((seen.first - started) / 1000)}`);
+  const tokens = usage?.completion_tokens;
+  if (tokens > 1 && seen.last > seen.first) said.push(`${number((tokens - 1) / ((seen.last - seen.first) / 1000), 1)} ${t("tokens/s")}`);
+  if (tokens) said.push(`${tokens} ${t("tokens")}`);
+  if (headers?.get("x-owngpt-cache") === "hit") said.push(t("from memory"));
+  else if (usage?.prompt_tokens_details?.cached_tokens) said.push(`${t("cached prompt")} ${usage.prompt_tokens_details.cached_tokens}/${usage.prompt_tokens}`);
+  if (headers?.get("x-owngpt-worker")) said.push(`${t("worker")} ${headers.get("x-owngpt-worker")}`);
+  if (headers?.get("x-request-id")) said.push(`${t("request")} ${headers.get("x-request-id")}`);
+  if (seen.stopped) said.push(t("stopped"));
+  return make("div", { className: "facts" }, ...said.map((text) => make("span", text)));
+}
+
+function add(role, text) {
+  const item = make("li", { className: role }, make("div", { className: "text" }, text));
+  $("messages").append(item);
+  item.scrollIntoView({ block: "end" });
+  return item;
+}
+
+function put(item, text) {
+  const list = $("messages");
+  const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 80;
+  item.firstChild.textContent = text;
+  if (atEnd) list.scrollTop = list.scrollHeight;
+}
+
+function busy(on) {
+  $("send").hidden = on;
+  $("stop").hidden = !on;
+  $("ask").setAttribute("aria-busy", on);
+}
