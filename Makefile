@@ -1,22 +1,26 @@
 # make up     the stack as local processes, in the foreground     make test    everything that can be tested here
 # make env    exports for the openai SDK                          make check   linters and types
-# make key    one more API key: make key NAME=alice               make bench   the figures of docs/log.md (bench-kv: of the caches)
+# make key    one more API key: make key NAME=alice               make bench   the figures of docs/log.md (bench-kv, bench-lifecycle,
+# make top    the running stack in the terminal                                bench-observability: of their parts)
 # make finetune DATA=questions.jsonl    your own model from your own questions (HELDOUT=file SUFFIX=name EPOCHS=3)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key finetune test check bench bench-kv bench-lifecycle base-images clean
+.PHONY: help up env key top finetune test check bench bench-kv bench-lifecycle base-images clean
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 up: .venv/.ready
 	@exec $(PY) -m services.local up
 
 env: .venv/.ready
 	@$(PY) -m services.local env
+
+top: .venv/.ready
+	@exec $(PY) -m services.local top
 
 key: .venv/.ready
 	@$(PY) -m services.local key "$(NAME)"

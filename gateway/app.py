@@ -8,6 +8,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -40,6 +41,9 @@ from gateway.store import (
     connect_cache,
     end_tasks,
 )
+
+if TYPE_CHECKING:
+    from gateway.tracing import Tracing
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Answered without a key. nginx does not let /metrics out."""
@@ -119,7 +123,10 @@ class Gateway:
         app.state.table, app.state.aliases, app.state.metrics, app.state.registry = table, aliases, metrics, registry
         self._authenticator = authenticator
         answers = open_answers(settings, metrics)
-        self._path = RequestPath(settings, table, authenticator, held, session, meter, metrics, answers, aliases)
+        tracing = open_tracing(settings)
+        self._path = RequestPath(
+            settings, table, authenticator, held, session, meter, metrics, answers, aliases, tracing=tracing
+        )
         background = [
             asyncio.create_task(feed.run(), name="feed"),
             asyncio.create_task(_tend(redis, feed, table, metrics), name="tend"),
@@ -135,6 +142,8 @@ class Gateway:
                 await answers.close()
             await recorder.close()
             await redis.aclose()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
             logger.info("gateway down", pid=os.getpid())
 
 
@@ -144,6 +153,15 @@ def open_answers(settings: Settings, metrics: GatewayMetrics) -> Answers | None:
         return None
     redis = connect_cache(settings)
     return Answers(redis, settings.cache_secret, settings.answer_ttl_s, settings.answer_max_bytes, metrics.answers)
+
+
+def open_tracing(settings: Settings) -> "Tracing | None":
+    """Traces, where somebody takes them. The SDK is only loaded then."""
+    if not settings.otlp_traces_endpoint:
+        return None
+    from gateway.tracing import Tracing
+
+    return Tracing(settings.otlp_traces_endpoint)
 
 
 class Answer:

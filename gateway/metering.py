@@ -31,6 +31,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CONTEXT = b"x-owngpt-context"
 """Header from the gateway: `{key id} {attempt} {salt} {µs it took to choose}`; the salt is the key's cache scope's."""
+TRACEPARENT = b"traceparent"
+"""W3C Trace Context: `00-{trace id}-{span id}-{flags}`; there when the gateway traces."""
 MAX_ERROR_BYTES = 64 * 1024
 _USAGE_ROUTES = ("chat", "completions")
 _SALTED_ROUTES = ("chat", "completions", "responses", "messages", "embeddings")
@@ -160,17 +162,19 @@ class _Metered:
         self.app, self.meter, self.scope, self.salts = app, meter, scope, salts
         self._receive, self._send = receive, send
         self.started = time.monotonic()
-        key, attempt, decided_us, request_id = "-", "1", "", ""
+        key, attempt, decided_us, request_id, trace_id = "-", "1", "", "", ""
         self.salt = ""
         for name, value in scope["headers"]:
             if name == CONTEXT:
                 key, attempt, self.salt, decided_us = [*value.decode("latin-1").split(" "), "", "", ""][:4]
             elif name == b"x-request-id":
                 request_id = value.decode("latin-1")
+            elif name == TRACEPARENT:
+                trace_id = value[3:35].decode("latin-1")
         self.record = Record(
             id=secrets.token_hex(8), request_id=request_id, key=key, model="", route=ROUTES[scope["path"]][0],
             worker=worker, started_at=time.time(), attempt=int(attempt) if attempt.isdigit() else 1,
-            decision_s=int(decided_us) / 1e6 if decided_us.isdigit() else None,
+            trace_id=trace_id, decision_s=int(decided_us) / 1e6 if decided_us.isdigit() else None,
         )
         self.body: bytes | None = None
         self.hide_usage = False

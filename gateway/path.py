@@ -17,7 +17,7 @@ import secrets
 import time
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
 from loguru import logger
@@ -29,17 +29,22 @@ from gateway.auth import Authenticator, bearer
 from gateway.decode import ROUTES, Ask, decode
 from gateway.isolation import Scopes
 from gateway.keys import ApiKey
-from gateway.metering import CONTEXT, Message, Meter, Metering, Receive, Scope, Send, rewrite
+from gateway.metering import CONTEXT, TRACEPARENT, Message, Meter, Metering, Receive, Scope, Send, rewrite
 from gateway.metrics import GatewayMetrics
 from gateway.records import Record
 from gateway.registry import Worker, WorkerTable
 from gateway.relay import Upstream
 from gateway.settings import Settings
 
+if TYPE_CHECKING:
+    from gateway.tracing import Traced, Tracing
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{8,64}")
 RETRY_AFTER_S = 2
 PRIORITY = b"x-vllm-priority"
 """Batches send one; a client's is dropped, else everybody would be first."""
+_OURS = (b"x-request-id", PRIORITY, CONTEXT, TRACEPARENT)
+"""What a client may send and a worker hears from us alone."""
 ANSWER_CACHE = "answer-cache"
 """The worker's name in the record of an answer from memory."""
 
@@ -88,6 +93,8 @@ class _Request(NamedTuple):
     id: bytes
     cache_scope: str
     salt: str
+    traceparent: bytes
+    """Empty: nobody traces."""
 
     def context(self, attempt: int, took_s: float) -> bytes:
         """The header that the worker's metering reads."""
@@ -109,6 +116,7 @@ class RequestPath:
         answers: Answers | None,
         aliases: AliasTable,
         priority: bytes = b"",
+        tracing: "Tracing | None" = None,
     ) -> None:
         self._settings = settings
         self._table = table
@@ -122,12 +130,25 @@ class RequestPath:
         self._scopes = Scopes(settings.cache_secret, settings.cache_scope)
         self._holders = routing.Holders()
         self._decided = {route: metrics.decisions.labels(route, "fast") for route, _ in ROUTES.values()}
+        self._tracing = tracing
         self._token = settings.worker_token.encode()
         self._priority = [(PRIORITY, priority)] if priority else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = time.perf_counter()
         request_id = name_request(scope)
+        if self._tracing is None:
+            await self._answer(scope, receive, send, request_id, None)
+            return
+        traced = self._tracing.begin(scope, ROUTES[scope["path"]][0], request_id)
+        try:
+            await self._answer(scope, receive, send, request_id, traced)
+        finally:
+            traced.end()
+
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, request_id: bytes, traced: "Traced | None"
+    ) -> None:
+        started = time.perf_counter()
         path, route = scope["path"], ROUTES[scope["path"]][0]
         try:
             if scope["method"] != "POST":
@@ -156,9 +177,15 @@ class RequestPath:
         except errors.ApiError as error:
             self._metrics.decisions.labels(route, str(error.status)).inc()
             log_refusal(error, request_id, path)
+            if traced is not None:
+                traced.failed(error.status, error.code)
             await send_error(error, request_id, send)
             return
-        request = _Request(ask, body, key.id, request_id, cache_scope, self._scopes.salt(cache_scope))
+        trace = b""
+        if traced is not None:
+            trace = traced.traceparent
+            traced.note(key=key.id, model=ask.model, worker=chosen.worker.beat.id, reason=chosen.reason)
+        request = _Request(ask, body, key.id, request_id, cache_scope, self._scopes.salt(cache_scope), trace)
         worker = chosen.worker
         worker.sent += 1
         took = time.perf_counter() - started
@@ -172,7 +199,7 @@ class RequestPath:
                 await self._relay(worker, request, asked, took, scope, receive, collecting)
         elif self._settings.edge == "nginx" and worker.beat.metered and alias is None:
             self._decided[route].inc()
-            await self._accelerate(worker, request.context(len(tried.tried) + 1, took), request.id, timing, send)
+            await self._accelerate(worker, request, request.context(len(tried.tried) + 1, took), timing, send)
         else:
             self._metrics.decisions.labels(route, "relay").inc()
             explained = _explain(send, (b"server-timing", timing), (HEADER, BYPASS))
@@ -204,7 +231,7 @@ class RequestPath:
         return True
 
     async def _accelerate(
-        self, worker: Worker, context: bytes, request_id: bytes, timing: bytes, send: Send
+        self, worker: Worker, request: "_Request", context: bytes, timing: bytes, send: Send
     ) -> None:
         """Tell nginx where to send the original request."""
         await send({
@@ -214,11 +241,12 @@ class RequestPath:
                 (b"x-accel-redirect", b"@worker"),
                 (b"x-worker", worker.beat.address.encode()),
                 (b"x-worker-token", self._token),
-                (b"x-request-id", request_id),
+                (b"x-request-id", request.id),
                 (b"server-timing", timing),
                 (CONTEXT, context),
                 (HEADER, BYPASS),
                 (b"content-length", b"0"),
+                *([(TRACEPARENT, request.traceparent)] if request.traceparent else ()),
             ],
         })
         await send({"type": "http.response.body", "body": b""})
@@ -232,10 +260,11 @@ class RequestPath:
         while True:
             address = worker.beat.address
             forwarded = {**scope, "headers": [
-                *[(n, v) for n, v in scope["headers"] if n not in (b"x-request-id", PRIORITY, CONTEXT)],
+                *[(n, v) for n, v in scope["headers"] if n not in _OURS],
                 *self._priority,
                 (b"x-request-id", request.id),
                 (CONTEXT, request.context(len(tried.tried) + 1, took_s)),
+                *([(TRACEPARENT, request.traceparent)] if request.traceparent else ()),
             ]}
             upstream = Upstream(self._session, address, self._settings.worker_token)
             app = upstream if worker.beat.metered else Metering(upstream, self._meter, worker.beat.id)

@@ -60,6 +60,8 @@ class Record(msgspec.Struct):
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     tokens_estimated: bool = False
+    trace_id: str = ""
+    """Empty: nobody traces."""
     decision_s: float | None = None
     """What the gateway took to choose."""
     ttft_s: float | None = None

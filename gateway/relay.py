@@ -10,10 +10,10 @@ import contextlib
 import aiohttp
 
 from gateway.errors import GatewayTimeout, UpstreamFailed, encode_parts
-from gateway.metering import CONTEXT, Receive, Scope, Send
+from gateway.metering import CONTEXT, TRACEPARENT, Receive, Scope, Send
 from gateway.settings import Settings
 
-_PASSED = {b"content-type", b"x-request-id", b"x-vllm-priority", CONTEXT}
+_PASSED = {b"content-type", b"x-request-id", b"x-vllm-priority", CONTEXT, TRACEPARENT}
 _RETURNED = {"content-type", "server-timing", "x-request-id", "x-owngpt-worker"}
 MAX_UPSTREAM_CONNECTIONS = 4096
 

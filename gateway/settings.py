@@ -69,6 +69,7 @@ class Settings(StateSettings):
     max_n: int = Field(16, ge=1)
     relay_connect_timeout_s: float = Field(2.0, gt=0)
     relay_read_timeout_s: float = Field(600.0, gt=0)
+    otlp_traces_endpoint: str = Field("", description="where traces go (OTLP over HTTP); empty: nobody traces")
     hold_back_s: int = Field(60, ge=1, description="how long a request that killed two workers is refused")
 
     @field_validator("worker_token_file", "cache_secret_file")

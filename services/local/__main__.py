@@ -3,6 +3,7 @@
     python -m services.local up      # what `make up` calls
     python -m services.local env     # OPENAI_BASE_URL and OPENAI_API_KEY of the running stack, for eval
     python -m services.local key NAME
+    python -m services.local top     # how the running stack is doing
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from supervisor.xmlrpc import SupervisorTransport
 
 from services.local import model as bundled
+from services.local import top
 from services.local.plan import (
     ROOT,
     Dials,
@@ -213,12 +215,15 @@ def show_way_in(dials: Dials, key: str, took_s: float) -> None:
     base = f"http://{dials.host}:{dials.port}/v1"
     body = f'{{"model":"{dials.model_name}","messages":[{{"role":"user","content":"Say hello."}}],"max_tokens":40}}'
     console.print(f"\n[bold green]OwnGPT is up[/] ({took_s:.0f} s). Ctrl-C stops everything.\n", soft_wrap=True)
+    console.print(f"  console    http://{dials.host}:{dials.port}/      (chat, status, usage, fine-tuning)",
+                  soft_wrap=True)
     console.print(f"  endpoint   {base}\n  API key    {key}\n  model      {dials.model_name}\n"
                   f"  logs       {dials.state}/logs\n", soft_wrap=True)
     console.print("Paste into another terminal:\n", soft_wrap=True)
     console.print(f"  curl {base}/chat/completions -H 'Authorization: Bearer {key}' "
                   f"-H 'Content-Type: application/json' -d '{body}'\n", soft_wrap=True, markup=False)
-    console.print('For the openai SDK:  eval "$(make env)"\n', soft_wrap=True, markup=False)
+    console.print('For the openai SDK:  eval "$(make env)"      How it is doing:  make top\n',
+                  soft_wrap=True, markup=False)
     sys.stdout.flush()
 
 
@@ -264,15 +269,35 @@ def up() -> None:
                 console.print("stopped.")
 
 
+def way_in() -> tuple[str, str]:
+    """Endpoint and first key of the stack that ran last. Raises UserError when none did."""
+    state = read_dials().state
+    try:
+        return (state / "endpoint").read_text().strip(), (state / "api_key").read_text().strip()
+    except OSError as error:
+        raise UserError(f"There is no running stack in {state} yet; start it with: make up") from error
+
+
 @app.command()
 def env() -> None:
     """Print OPENAI_BASE_URL and OPENAI_API_KEY as exports: eval "$(make env)"."""
-    state = read_dials().state
-    try:
-        endpoint, key = (state / "endpoint").read_text().strip(), (state / "api_key").read_text().strip()
-    except OSError as error:
-        raise UserError(f"There is no running stack in {state} yet; start it with: make up") from error
+    endpoint, key = way_in()
     print(f"export OPENAI_BASE_URL={endpoint}\nexport OPENAI_API_KEY={key}")
+
+
+@app.command("top")
+def show_top(
+    once: Annotated[bool, typer.Option("--once", help="Print it once instead of watching.")] = False,
+) -> None:
+    """Watch workers, queue, KV blocks, GPU, tokens/s, cost and alerts. Ctrl-C ends it, not the stack."""
+    endpoint, key = way_in()
+    try:
+        top.watch(endpoint, key, Console(highlight=False), once=once)
+    except httpx.HTTPError as error:
+        said = type(error).__name__
+        raise UserError(f"The stack at {endpoint} does not answer ({said}). Is make up running?") from error
+    except KeyboardInterrupt:
+        pass
 
 
 @app.command()

@@ -53,6 +53,8 @@ def command(settings: WorkerSettings) -> list[str]:
     ]  # fmt: skip
     if settings.max_model_len:
         args += ["--max-model-len", str(settings.max_model_len)]
+    if settings.otlp_traces_endpoint:
+        args += ["--otlp-traces-endpoint", settings.otlp_traces_endpoint]
     if settings.accelerator == "cuda":
         args += [
             "--gpu-memory-utilization", str(settings.gpu_memory_utilization),
@@ -130,6 +132,8 @@ def environment(settings: WorkerSettings) -> dict[str, str]:
     env["VLLM_LOGGING_CONFIG_PATH"] = str(LOGGING)
     if Path(settings.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
+    if settings.otlp_traces_endpoint:
+        env |= {"OTEL_SERVICE_NAME": "worker", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
     if settings.adapters_dir is not None:
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # behind the worker's token; nginx never routes there
     if settings.accelerator == "cpu":

@@ -38,6 +38,7 @@ class WorkerSettings(StateSettings):
     kv_host_gib: float = Field(0.5, gt=0, description="host memory between the engine's KV blocks and redis-cache")
     kv_ttl_s: int = Field(86400, ge=60, description="how long an unused block stays in redis-cache")
     cpu_threads_bind: str = Field("", description="CPU only: VLLM_CPU_OMP_THREADS_BIND; default: by core count")
+    otlp_traces_endpoint: str = Field("", description="where traces go (OTLP over HTTP); empty: nobody traces")
     engine_args: str = Field("", description="further vLLM flags, as on a command line")
     start_timeout_s: float = Field(1800.0, gt=0)
     drain_timeout_s: float = Field(120.0, ge=0)

@@ -22,7 +22,8 @@ export async function call(path, options = {}) {
     headers["Content-Type"] = "application/json";
     body = JSON.stringify(options.json);
   }
-  const answer = await fetch(path, { ...options, headers, body, cache: "no-store" });
+  const method = options.method ?? (body === undefined ? "GET" : "POST");
+  const answer = await fetch(path, { method, headers, body, signal: options.signal, cache: "no-store" });
   if (!answer.ok) {
     const said = await answer.json().catch(() => ({}));
     throw new ApiError(answer.status, said.error ?? {});

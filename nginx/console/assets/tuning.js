@@ -56,10 +56,9 @@ async function train() {
     const form = new FormData();
     form.append("purpose", "fine-tune");
     form.append("file", file);
-    const kept = await json("/v1/files", { method: "POST", body: form });
+    const kept = await json("/v1/files", { body: form });
     const epochs = $("epochs").value;
     const job = await json("/v1/fine_tuning/jobs", {
-      method: "POST",
       json: {
         model: $("base").value, training_file: kept.id, suffix: $("suffix").value || undefined,
         hyperparameters: epochs ? { n_epochs: Number(epochs) } : undefined,
