@@ -73,6 +73,8 @@ class Board:
     title: str
     what: str
     rows: dict[str, tuple[Panel, ...]]
+    texts: tuple[str, ...] = ()
+    """Variables that are typed in, or come with a link."""
     needs: str = field(default="")
     """What must be there for its panels to show anything; empty: the stack alone."""
 
@@ -105,6 +107,8 @@ def render(board: Board) -> str:
         .link(dashboard.DashboardLink("Dashboards").type(DashboardLinkType.DASHBOARDS).tags(["owngpt"])
               .as_dropdown(True).keep_time(True))
     )  # fmt: skip
+    for name in board.texts:
+        made = made.with_variable(dashboard.TextBoxVariable(name).label(name.replace("_", " ")))
     y, number = 0, 0
     for headline, row in board.rows.items():
         made = made.with_row(dashboard.Row(headline).id(1000 + y).grid_pos(GridPos(h=1, w=COLUMNS, x=0, y=y)))

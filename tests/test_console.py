@@ -269,7 +269,9 @@ def test_on_a_phone_in_chinese(browser: Browser, up: Up) -> None:
     expect(page.get_by_role("button", name="打开")).to_be_visible()
     page.locator("#key").fill(up.key)
     page.get_by_role("button", name="打开").tap()
+    page.locator("#settings summary").tap()
     page.locator("#max-tokens").fill("16")
+    page.locator("#settings summary").tap()
     page.locator("#question").fill("你好")
     page.get_by_role("button", name="发送").tap()
     answered(page)
@@ -278,6 +280,7 @@ def test_on_a_phone_in_chinese(browser: Browser, up: Up) -> None:
         time.sleep(0.3)
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, (name, wide)
+        assert page.locator("h1").bounding_box()["y"] >= 0
         shot(page, f"phone-{name}")
     page.get_by_role("button", name="English").tap()
     expect(page.get_by_role("button", name="Send")).to_be_visible()

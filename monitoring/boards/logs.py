@@ -3,9 +3,13 @@
 from monitoring.panels import Board, Panel, q
 
 BOARD = Board(
-    "owngpt-logs", "OwnGPT · Logs", "Lines of all services. A request id (X-Request-Id) leads to everything about it: "
-    '{service=~".+"} | request_id=`...`',
+    "owngpt-logs", "OwnGPT · Logs", "Lines of all services. A request id (X-Request-Id of every answer) leads to everything about it.",
     {
+        "One request": (
+            Panel("Everything about a request", "logs", "", "Of the request id above: type it in, or click a dot on the panel "
+                  "Time to first token.",
+                  q('{service=~".+"} | request_id="$request_id"')),
+        ),
         "Requests": (
             Panel("Slow requests", "logs", "", "First token after more than 1 s.",
                   q('{service="worker"} | json | event="request" | ttft_s > 1')),
@@ -18,5 +22,6 @@ BOARD = Board(
                   q('{service=~"worker|gateway"} |~ "worker joined|worker left|worker silent|engine died|worker state"')),
         ),
     },
+    texts=("request_id",),
     needs="Loki",
 )  # fmt: skip

@@ -4,7 +4,7 @@ import hmac
 import os
 
 import msgspec
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, make_asgi_app
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import logs
@@ -34,6 +34,9 @@ class WorkerMiddleware:
         self._recorder = Recorder(connect(settings))
         served = frozenset({settings.served_name})
         self._meter = Meter(self._recorder, RequestMetrics(REGISTRY), lambda: served, times.take)
+        # vLLM's own route answers in the old text format, which has no exemplars. With several API servers only
+        # vLLM knows how to put their numbers together.
+        self._metrics = app if "PROMETHEUS_MULTIPROC_DIR" in os.environ else make_asgi_app(REGISTRY)
         self._metered = Metering(app, self._meter, os.environ[WORKER_ID], salts=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,6 +49,8 @@ class WorkerMiddleware:
         if path == LOAD_PATH:
             load = {"in_flight": self._meter.in_flight, "interactive": self._meter.interactive}
             await _answer(send, 200, [(b"content-type", b"application/json")], msgspec.json.encode(load))
+        elif path == "/metrics":
+            await self._metrics(scope, receive, send)
         elif path in OPEN_PATHS:
             await self._app(scope, receive, send)
         elif not any(

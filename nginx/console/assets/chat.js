@@ -24,6 +24,7 @@ export function choose(model) {
 }
 
 export function setUp() {
+  if (matchMedia("(max-width: 46rem)").matches) $("settings").open = false;
   $("temperature").addEventListener("input", () => ($("temperature-shown").value = $("temperature").value));
   $("new-chat").addEventListener("click", () => {
     running?.abort();
@@ -87,6 +88,7 @@ async function ask(text) {
   }
   if (seen.text) history.push({ role: "assistant", content: seen.text });
   item.append(facts(seen, started));
+  $("messages").scrollTop = $("messages").scrollHeight;
 }
 
 /** The line under an answer. */
@@ -108,7 +110,7 @@ function facts(seen, started) {
 function add(role, text) {
   const item = make("li", { className: role }, make("div", { className: "text" }, text));
   $("messages").append(item);
-  item.scrollIntoView({ block: "end" });
+  $("messages").scrollTop = $("messages").scrollHeight;
   return item;
 }
 
