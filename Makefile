@@ -8,7 +8,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key top finetune test check bench bench-kv bench-lifecycle base-images clean
+.PHONY: help up env key top finetune test check bench bench-kv bench-lifecycle bench-observability base-images clean
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
@@ -52,6 +52,9 @@ bench-kv: .venv/.test-ready
 
 bench-lifecycle: .venv/.test-ready
 	@$(PY) -m bench lifecycle $(BENCH)
+
+bench-observability: .venv/.test-ready
+	@$(PY) -m bench observability $(BENCH)
 
 base-images:
 	@services/base/make.sh

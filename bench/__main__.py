@@ -1,13 +1,13 @@
-"""`python -m bench [stack|kv|lifecycle]`: run a set of figures, print its table, write bench/results/NAME.json."""
+"""`python -m bench [stack|kv|lifecycle|observability]`: run a set of figures, print its table, write bench/results/NAME.json."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from bench import kv, lifecycle, stack
+from bench import kv, lifecycle, observability, stack
 
-SETS = {"stack": stack, "kv": kv, "lifecycle": lifecycle}
+SETS = {"stack": stack, "kv": kv, "lifecycle": lifecycle, "observability": observability}
 
 
 def main() -> int:

@@ -171,8 +171,9 @@ class _Metered:
                 request_id = value.decode("latin-1")
             elif name == TRACEPARENT:
                 trace_id = value[3:35].decode("latin-1")
+        own = secrets.token_hex(8)
         self.record = Record(
-            id=secrets.token_hex(8), request_id=request_id, key=key, model="", route=ROUTES[scope["path"]][0],
+            id=own, request_id=request_id or own, key=key, model="", route=ROUTES[scope["path"]][0],
             worker=worker, started_at=time.time(), attempt=int(attempt) if attempt.isdigit() else 1,
             trace_id=trace_id, decision_s=int(decided_us) / 1e6 if decided_us.isdigit() else None,
         )

@@ -10,9 +10,9 @@ run() {
     "$@" || { failed=1; echo "  FAILED: $*"; }
 }
 run ruff "$bin/ruff" check .
-run mypy "$bin/mypy" --strict gateway services bench
+run mypy "$bin/mypy" --strict gateway services monitoring bench
 run shellcheck "$bin/shellcheck" services/base/make.sh services/worker/install-cpu.sh services/local/install.sh \
-    nginx/entrypoint.sh nginx/pool.sh tests/check.sh .ci/run .ci/docker.sh
+    nginx/entrypoint.sh nginx/pool.sh monitoring/alertmanager/start.sh tests/check.sh .ci/run .ci/docker.sh
 run "nginx: gixy and nginx -t" "$bin/python" -m tests.lint_nginx
 if command -v docker >/dev/null && docker compose version >/dev/null 2>&1; then
     run "compose config (cpu)" env ACCELERATOR=cpu docker compose config --quiet
@@ -23,6 +23,14 @@ fi
 for dockerfile in gateway/Dockerfile nginx/Dockerfile services/*/Dockerfile; do
     run "hadolint $dockerfile" "$bin/hadolint" --ignore DL3042 --ignore DL3013 --ignore DL3025 "$dockerfile"
 done
+run "dashboards and SLO rules as generated" "$bin/python" -m monitoring --check
+if command -v node >/dev/null; then
+    for script in nginx/console/assets/*.js; do
+        run "node --check $script" sh -c "node --check --input-type=module - <$script"
+    done
+else
+    echo "check: the console's scripts SKIPPED (no node here; the browser test runs them)"
+fi
 if command -v promtool >/dev/null; then
     run "promtool" "$bin/python" -m tests.lint_prometheus
 else

@@ -179,9 +179,9 @@ def body(script: str, **fields: object) -> dict:
 
 
 @contextlib.contextmanager
-def running(folder: Path, **kwargs: object) -> Iterator[Stack]:
+def running(folder: Path, kind: type[Stack] = Stack, **kwargs: object) -> Iterator[Stack]:
     """A stack that is gone afterwards, also when its start failed half-way."""
-    stack = Stack.__new__(Stack)
+    stack = kind.__new__(kind)
     stack.running = {}
     try:
         stack.__init__(folder, **kwargs)

@@ -1,7 +1,6 @@
 """Let promtool and amtool read what Prometheus and Alertmanager will read: the containers' files and the launcher's."""
 
 import itertools
-import json
 import shutil
 import subprocess
 import sys
@@ -21,14 +20,12 @@ def main() -> int:
         local.write_text(yaml.safe_dump(prometheus_config(dials, Ports.take(itertools.count(8001), 2))))
         configs = [local, ROOT / "monitoring/prometheus/prometheus.yml"]
         commands = [["promtool", "check", "config", str(path)] for path in configs]
-        composed = subprocess.run(["docker", "compose", "--profile", "monitoring", "config", "--format", "json"],
-                                  cwd=ROOT, capture_output=True, text=True, check=False)
-        if composed.returncode == 0 and shutil.which("amtool"):
-            content = json.loads(composed.stdout)["configs"]["alertmanager"]["content"]
-            Path(folder, "alertmanager.yml").write_text(content)
+        if shutil.which("amtool"):
+            told = (ROOT / "monitoring/alertmanager/alertmanager.yml").read_text().replace("WEBHOOK_URL", "http://x/")
+            Path(folder, "alertmanager.yml").write_text(told)
             commands.append(["amtool", "check-config", str(Path(folder, "alertmanager.yml"))])
         else:
-            print("  alertmanager SKIPPED (needs docker compose and amtool)")
+            print("  amtool SKIPPED (not on PATH; Debian: prometheus-alertmanager)")
         return max(subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode for command in commands)
 
 

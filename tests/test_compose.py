@@ -11,11 +11,13 @@ import openai
 import pytest
 
 from services.local.plan import ROOT
+from tests import alloy
 from tests.harness import free_ports, wait_for
 
 MODEL = "smollm2-135m-instruct"
 PORT = free_ports(1)[0]
-ENV = os.environ | {"PORT": str(PORT), "BACKEND_PREFIX": "172.31.241", "COMPOSE_PROJECT_NAME": "owngpt-test"}
+ENV = os.environ | {"PORT": str(PORT), "BACKEND_PREFIX": "172.31.241", "COMPOSE_PROJECT_NAME": "owngpt-test",
+                    "ALERT_WEBHOOK_URL": "http://ledger:8000/alerts?a=1&b=|x'y"}
 BASE = f"http://127.0.0.1:{PORT}"
 
 
@@ -39,8 +41,9 @@ def no_engine() -> str:
 needs_engine = pytest.mark.skipif(bool(no_engine()), reason=no_engine() or "never")
 
 
-def config(**env: str) -> dict:
-    done = subprocess.run(["docker", "compose", "config", "--format", "json"], cwd=ROOT, env=ENV | env,
+def config(*profiles: str, **env: str) -> dict:
+    chosen = [part for profile in profiles for part in ("--profile", profile)]
+    done = subprocess.run(["docker", "compose", *chosen, "config", "--format", "json"], cwd=ROOT, env=ENV | env,
                           capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"docker compose is not installed: {done.stderr[-200:]}")
@@ -50,7 +53,8 @@ def config(**env: str) -> dict:
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
 def test_every_container_is_hardened(accelerator: str) -> None:
     services = config(ACCELERATOR=accelerator)["services"]
-    assert set(services) == {"secrets", "nginx", "gateway", "worker", "jobs", "trainer", "fetch", "redis", "redis-cache"}
+    assert set(services) == {"secrets", "nginx", "gateway", "worker", "jobs", "ledger", "gpu_exporter", "trainer",
+                             "fetch", "redis", "redis-cache"}
     for name, service in services.items():
         assert service["user"] == "10001:10001", name
         assert service["read_only"] is True, name
@@ -62,8 +66,40 @@ def test_every_container_is_hardened(accelerator: str) -> None:
         assert name == "secrets" or service.get("mem_limit"), name
         assert bool(service.get("ports")) == (name == "nginx"), name
     assert services["nginx"]["ports"][0]["host_ip"] == "127.0.0.1"
-    assert all("edge" not in services[n]["networks"] for n in ("gateway", "worker", "jobs", "trainer", "redis", "redis-cache"))
+    assert all("edge" not in services[n]["networks"] for n in ("gateway", "worker", "jobs", "ledger", "gpu_exporter", "trainer", "redis", "redis-cache"))
     assert config()["networks"]["backend"]["internal"] is True
+
+
+def test_the_monitoring_profile_is_hardened_too() -> None:
+    services = config("monitoring", "traces")["services"]
+    watching = set(services) - set(config()["services"])
+    assert watching == {"prometheus", "alertmanager", "grafana", "redis-exporter", "nginx-exporter", "loki", "alloy", "tempo"}
+    for name in watching:
+        service = services[name]
+        # Docker's log files are root's; Alloy may read what it cannot own, and nothing else.
+        assert (service["user"], service.get("cap_add")) == ("0:0", ["DAC_READ_SEARCH"]) if name == "alloy" else (
+            not service["user"].startswith("0") and "cap_add" not in service), name
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service.get("mem_limit") and service.get("pids_limit"), name
+        assert not service.get("ports") and not service.get("privileged"), name
+        assert "docker.sock" not in json.dumps(service), name
+        assert service["logging"]["options"]["labels"] == "com.docker.compose.service", name
+        assert set(service["networks"]) == ({"backend", "edge"} if name == "alertmanager" else {"backend"}), name
+    text = (ROOT / "compose.yaml").read_text()
+    assert ":latest" not in text
+
+
+def test_dashboards_are_open_on_loopback_only() -> None:
+    def anonymous(**env: str) -> str:
+        return config("monitoring", **env)["services"]["grafana"]["environment"]["GF_AUTH_ANONYMOUS_ENABLED"]
+
+    assert "enabled = true" in (ROOT / "monitoring/grafana/grafana.ini").read_text()  # what holds while the variable is empty
+    assert anonymous() == ""
+    assert anonymous(HOST="0.0.0.0") == "false"
+    environment = config("monitoring")["services"]["grafana"]["environment"]
+    assert environment["GF_SECURITY_ADMIN_PASSWORD__FILE"] == "/run/secrets/monitor/admin_password"
 
 
 def test_cuda_is_one_variable_and_pinned() -> None:
@@ -88,7 +124,7 @@ def containers() -> Iterator[openai.OpenAI]:
         yield openai.OpenAI(base_url=BASE + "/v1", api_key=key, timeout=120, max_retries=0)
     finally:
         print("\n" + docker("compose", "ps", "-a", check=False), flush=True)
-        docker("compose", "down", "-v", "--timeout", "20", check=False)
+        docker("compose", "--profile", "monitoring", "down", "-v", "--timeout", "20", check=False)
 
 
 def ask(sdk: openai.OpenAI) -> str:
@@ -116,14 +152,14 @@ def test_it_answers(containers: openai.OpenAI) -> None:
 def test_only_nginx_is_reachable_and_users_are_not_root(containers: openai.OpenAI) -> None:
     published = docker("compose", "ps", "--format", "{{.Service}} {{.Ports}}")
     assert [line.split()[0] for line in published.splitlines() if "->" in line] == ["nginx"]
-    for service in ("nginx", "gateway", "jobs", "trainer", "worker", "redis", "redis-cache"):
+    for service in ("nginx", "gateway", "jobs", "ledger", "gpu_exporter", "trainer", "worker", "redis", "redis-cache"):
         assert docker("compose", "exec", "-T", service, "id", "-u").strip() == "10001"
     assert httpx.get(BASE + "/metrics").status_code == 404
     # nginx has one foot outside the internal network; nothing on that network reaches that foot.
     form = '{{(index .NetworkSettings.Networks "owngpt-test_edge").IPAddress}}'
     outside = docker("inspect", "-f", form, docker("compose", "ps", "-q", "nginx").strip()).strip()
     reach = f"import socket; socket.create_connection(('{outside}', 8080), timeout=2)"
-    for service in ("gateway", "jobs", "trainer", "worker"):
+    for service in ("gateway", "jobs", "ledger", "gpu_exporter", "trainer", "worker"):
         tried = subprocess.run(["docker", "compose", "exec", "-T", service, "python", "-c", reach],
                                cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
         assert "timed out" in tried.stderr or "unreachable" in tried.stderr, tried.stderr
@@ -185,6 +221,82 @@ def test_a_job_and_a_batch(containers: openai.OpenAI) -> None:
     assert len(containers.files.content(batch.output_file_id).text.splitlines()) == 10
 
 
+def status(sdk: openai.OpenAI) -> dict:
+    answer = httpx.get(BASE + "/v1/status", headers={"authorization": f"Bearer {sdk.api_key}"})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+@needs_engine
+def test_the_console_and_the_status(containers: openai.OpenAI) -> None:
+    page = httpx.get(BASE + "/")
+    assert "<title>OwnGPT</title>" in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert httpx.get(BASE + "/assets/main.js").headers["content-type"].startswith("text/javascript")
+    assert httpx.get(BASE + "/assets/../nginx.conf.template").status_code == 404
+    wait_for(lambda: status(containers)["host"], "the exporter heard", 40)
+    now = status(containers)
+    assert [worker["state"] for worker in now["workers"]] == ["ready"]
+    assert now["host"]["memory_total_bytes"] > 1e9
+    grafana = httpx.get(BASE + "/grafana/")
+    assert grafana.status_code == 503
+    assert "--profile monitoring" in grafana.json()["error"]["message"]
+
+
+@needs_engine
+@pytest.mark.skipif("PROMETHEUS_IMAGE" not in os.environ, reason="no image registry: PROMETHEUS_IMAGE and its like name no stand-ins")
+def test_the_monitoring_profile_sees_every_container_and_tells_of_a_killed_worker(containers: openai.OpenAI) -> None:
+    """Prometheus, Alertmanager and the exporters in containers. Grafana, Loki, Alloy and Tempo need a registry."""
+    docker("compose", "--profile", "monitoring", "up", "-d", "prometheus", "alertmanager", "redis-exporter", "nginx-exporter")
+    ask_it = "import sys, urllib.request; print(urllib.request.urlopen('http://prometheus:9090/api/v1/' + sys.argv[1]).read().decode())"
+
+    def prometheus(path: str) -> dict:
+        return json.loads(docker("compose", "exec", "-T", "ledger", "python", "-c", ask_it, path))["data"]
+
+    def down() -> list[str]:
+        targets = prometheus("targets")["activeTargets"]
+        seen = {target["labels"]["job"] for target in targets if target["health"] == "up"}
+        return sorted({"gateway", "worker", "jobs", "ledger", "trainer", "gpu_exporter", "nginx", "redis", "prometheus"} - seen)
+
+    try:
+        wait_for(lambda: down() == [], "every job up", 60)
+        assert {target["labels"]["instance"] for target in prometheus("targets")["activeTargets"]
+                if target["labels"]["job"] == "redis" and target["health"] == "up"} == {"redis", "redis-cache"}
+        docker("kill", "--signal", "KILL", docker("compose", "ps", "-q", "worker").strip())
+        wait_for(lambda: "WorkerLost" in [alert["name"] for alert in status(containers)["alerts"]], "WorkerLost in the status", 60)
+
+        def told() -> str:
+            return docker("compose", "logs", "--no-log-prefix", "ledger")
+
+        wait_for(lambda: '"alert":"WorkerLost"' in told(), "Alertmanager telling the ledger", 60)
+        assert '"alert":"Watchdog"' in told()
+    finally:
+        docker("compose", "--profile", "monitoring", "rm", "-sf", "prometheus", "alertmanager", "redis-exporter", "nginx-exporter")
+        docker("compose", "up", "-d", "--wait")
+
+
+@needs_engine
+def test_lines_of_containers_get_the_labels_alloy_is_told_to_give(containers: openai.OpenAI) -> None:
+    """Docker's own log files of these containers, through the stages of config.alloy."""
+    worker = ask(containers)
+    for service, events in (("worker", {"request"}), ("gateway", {"gateway up"}), ("ledger", {"ledger up"})):
+        path = docker("inspect", "-f", "{{.LogPath}}", docker("compose", "ps", "-q", service).split()[0]).strip()
+        try:
+            lines = open(path).read().splitlines()
+        except PermissionError:
+            pytest.skip(f"{path} is root's")
+        entries = [alloy.carry_out(line) for line in lines]
+        assert entries and None not in entries
+        assert {entry.labels["service"] for entry in entries} == {service}
+        assert {label for entry in entries for label in entry.labels} <= {"service", "level"}
+        said = [json.loads(entry.line) for entry in entries if entry.line.startswith("{")]
+        assert events <= {line["event"] for line in said}
+    requests = [entry for entry in map(alloy.carry_out, open(docker(
+        "inspect", "-f", "{{.LogPath}}", docker("compose", "ps", "-q", "worker").split()[0]).strip())) if '"event":"request"' in entry.line]
+    assert all(entry.metadata["request_id"] and entry.metadata["worker"] for entry in requests)
+    assert worker in {entry.metadata["worker"] for entry in requests}
+
+
 @needs_engine
 def test_scale_kill_and_ask_again(containers: openai.OpenAI) -> None:
     print("\nscaling to two workers", flush=True)
@@ -201,7 +313,7 @@ def test_scale_kill_and_ask_again(containers: openai.OpenAI) -> None:
 
 @needs_engine
 def test_each_service_survives_a_restart(containers: openai.OpenAI) -> None:
-    for service in ("redis-cache", "redis", "gateway", "jobs", "trainer", "nginx", "worker"):
+    for service in ("redis-cache", "redis", "gateway", "jobs", "ledger", "gpu_exporter", "trainer", "nginx", "worker"):
         print(f"\nrestarting {service}", flush=True)
         docker("compose", "restart", "--timeout", "20", service)
         wait_for(lambda: ready() == 1, f"ready after {service}", 180)

@@ -50,7 +50,7 @@ def span_collector() -> Iterator[tuple[str, list[dict]]]:
     spans: list[dict] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802 - http.server's name
+        def do_POST(self) -> None:
             sent = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
             for resource in sent.resource_spans:
                 service = {a.key: a.value.string_value for a in resource.resource.attributes}.get("service.name")

@@ -18,7 +18,9 @@ from gateway.metering import Metering, rewrite
 from gateway.records import Record
 from gateway.registry import Heartbeat, Model, Worker, WorkerTable
 from gateway.settings import Settings, read_secret
+from services.gpu_exporter.settings import ExporterSettings
 from services.jobs.settings import JobsSettings
+from services.ledger.settings import LedgerSettings
 from services.local.plan import ROOT
 from services.trainer.settings import TrainerSettings
 from services.worker import engine
@@ -304,14 +306,14 @@ class TestSettings:
     def test_compose_sets_only_known_variables(self) -> None:
         import yaml
 
-        settings = (Settings, WorkerSettings, JobsSettings, TrainerSettings)
+        settings = (Settings, WorkerSettings, JobsSettings, TrainerSettings, LedgerSettings, ExporterSettings)
         known = {name.upper() for each in settings for name in each.model_fields}
-        known |= {"GATEWAY_PROCESSES", "HOME", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN"}
+        known |= {"GATEWAY_PROCESSES", "HOME", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "NVIDIA_DRIVER_CAPABILITIES"}
         document = yaml.safe_load((ROOT / "compose.yaml").read_text())
-        hardware = [yaml.safe_load((ROOT / f"services/{who}/hardware.yaml").read_text()) for who in ("worker", "trainer")]
+        hardware = [yaml.safe_load((ROOT / f"services/{who}/hardware.yaml").read_text()) for who in ("worker", "trainer", "gpu_exporter")]
         for services in (each["services"] for each in (document, *hardware)):
             for name, service in services.items():
-                if name != "nginx":
+                if name not in ("nginx", "grafana"):  # a script and a program of others read theirs
                     assert set(service.get("environment", {})) <= known, name
 
 
@@ -327,6 +329,7 @@ class TestEngineCommand:
         {"accelerator": "cuda", "model": "mistralai/Mistral-7B-Instruct-v0.3", "tool_call_parser": "mistral"},
         {"accelerator": "cuda", "model": "meta-llama/Meta-Llama-3-8B-Instruct", "quantization": "awq",
          "tensor_parallel_size": 2, "max_model_len": 8192, "engine_args": "--enable-chunked-prefill --seed 7"},
+        {"otlp_traces_endpoint": "http://tempo:4318/v1/traces"},
     ])
     def test_vllms_own_parser_accepts_it(self, tmp_path: Path, fields: dict) -> None:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -341,6 +344,7 @@ class TestEngineCommand:
         assert parsed.allowed_origins == []
         assert parsed.disable_fastapi_docs is True
         assert parsed.served_model_name == [wanted.served_name]
+        assert parsed.otlp_traces_endpoint == (wanted.otlp_traces_endpoint or None)
         assert parsed.enforce_eager is (wanted.accelerator == "cpu")
 
     @pytest.mark.parametrize(("fields", "chunk"), [

@@ -28,6 +28,20 @@ cp -L /etc/ssl/certs/ca-certificates.crt "$work/root/etc/ssl/certs/ca-certificat
 } >"$work/root/etc/pip.conf"
 
 tar -C "$work/root" -c . | docker import -c 'ENV LANG=C.UTF-8' - owngpt-base:bookworm >/dev/null
+# The monitoring profile's images that Debian has programs for; Grafana, Loki, Alloy and Tempo it has not.
+for image in prometheus:prometheus:/usr/bin/prometheus alertmanager:prometheus-alertmanager:/usr/bin/prometheus-alertmanager \
+    redis-exporter:prometheus-redis-exporter:/usr/bin/prometheus-redis-exporter \
+    nginx-exporter:prometheus-nginx-exporter:/usr/bin/prometheus-nginx-exporter; do
+    IFS=: read -r name package program <<<"$image"
+    docker build -q -t "owngpt-$name:bookworm" - >/dev/null <<EOF
+FROM owngpt-base:bookworm
+RUN apt-get -qq update && apt-get -qq install -y --no-install-recommends $package >/dev/null && rm -rf /var/lib/apt/lists/* \
+    && mkdir -p /prometheus /alertmanager && chown 65534:65534 /prometheus /alertmanager
+RUN ln -s $program /usr/local/bin/$name
+ENTRYPOINT ["$program"]
+EOF
+    echo "$(echo "$name" | tr 'a-z-' 'A-Z_')_IMAGE=owngpt-$name:bookworm"
+done
 echo "PYTHON_IMAGE=owngpt-base:bookworm"
 echo "NGINX_IMAGE=owngpt-base:bookworm"
 echo "REDIS_IMAGE=owngpt-base:bookworm"

@@ -1,6 +1,7 @@
 """What the ledger asks of others for its status: GPUs and host of the exporter, firing alerts of Prometheus."""
 
 import asyncio
+import time
 from typing import Any
 
 import httpx
@@ -8,6 +9,8 @@ from loguru import logger
 from prometheus_client.parser import text_string_to_metric_families
 
 EVERY_S = 2.0
+SILENT_FOR_S = 15.0
+"""How long one that did not answer is left alone: looking up a name that does not exist holds a thread for seconds."""
 TIMEOUT_S = 1.0
 
 Samples = dict[str, list[tuple[dict[str, str], float]]]
@@ -64,7 +67,7 @@ class Neighbours:
 
     def __init__(self, gpu_exporter_url: str, prometheus_url: str) -> None:
         self._gpu_exporter_url, self._prometheus_url = gpu_exporter_url, prometheus_url
-        self._silent: set[str] = set()
+        self._silent_until: dict[str, float] = {}
         self.gpus: list[dict[str, object]] | None = None
         self.host: dict[str, float | None] | None = None
         self.alerts: list[dict[str, str]] | None = None
@@ -82,18 +85,17 @@ class Neighbours:
                 await asyncio.sleep(EVERY_S)
 
     async def _get(self, http: httpx.AsyncClient, base: str, path: str) -> httpx.Response | None:
-        if not base:
+        if not base or self._silent_until.get(base, 0.0) > time.monotonic():
             return None
         try:
             answer = (await http.get(base + path)).raise_for_status()
         except httpx.HTTPError as error:
-            if base not in self._silent:
+            if base not in self._silent_until:
                 logger.warning("does not answer; the status goes on without it", url=base, error=type(error).__name__)
-                self._silent.add(base)
+            self._silent_until[base] = time.monotonic() + SILENT_FOR_S
             return None
-        if base in self._silent:
+        if self._silent_until.pop(base, None) is not None:
             logger.info("answers again", url=base)
-            self._silent.discard(base)
         return answer
 
 

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, disable_created_metrics
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 jobs_running = Gauge("owngpt_training_running", "1 while a run is going on")
 jobs_ended = Counter("owngpt_training_jobs", "fine-tuning jobs by how they ended", ["status"])
