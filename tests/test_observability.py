@@ -162,7 +162,10 @@ def test_a_request_leads_from_a_metric_to_its_line(watched: Watched) -> None:
     by_id = {line.get("request_id"): line for line in lines if line.get("event") == "request"}
     assert ids
     assert ids <= set(by_id)
-    line = by_id[ids.pop()]
+    finished = [by_id[request_id] for request_id in ids if by_id[request_id]["outcome"] == "ok"]
+    line = finished[0]
+    # What the engine finished, it says the times of.
+    assert [entry for entry in by_id.values() if entry["outcome"] == "ok" and entry["queue_s"] is None] == []
     for field in ("ts", "level", "service", "key", "worker", "model", "decision_s", "ttft_s", "queue_s", "prefill_s", "decode_s",
                   "duration_s", "prompt_tokens", "cached_tokens", "completion_tokens", "outcome"):
         assert line[field] not in (None, ""), (field, line)

@@ -4,7 +4,8 @@ import hmac
 import os
 
 import msgspec
-from prometheus_client import REGISTRY, make_asgi_app
+from prometheus_client import REGISTRY
+from prometheus_client.openmetrics.exposition import ALLOWUTF8, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import logs
@@ -20,6 +21,7 @@ LOAD_PATH = "/owngpt/load"
 """In-flight requests as JSON, for the agent."""
 WORKER_ID = "OWNGPT_WORKER_ID"
 """Environment variable by which the agent tells the middleware whose requests these are."""
+OPENMETRICS = b"application/openmetrics-text; version=1.0.0; charset=utf-8"
 OPEN_PATHS = frozenset({"/health", "/metrics", LOAD_PATH})
 
 
@@ -34,9 +36,6 @@ class WorkerMiddleware:
         self._recorder = Recorder(connect(settings))
         served = frozenset({settings.served_name})
         self._meter = Meter(self._recorder, RequestMetrics(REGISTRY), lambda: served, times.take)
-        # vLLM's own route answers in the old text format, which has no exemplars. With several API servers only
-        # vLLM knows how to put their numbers together.
-        self._metrics = app if "PROMETHEUS_MULTIPROC_DIR" in os.environ else make_asgi_app(REGISTRY)
         self._metered = Metering(app, self._meter, os.environ[WORKER_ID], salts=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,8 +48,8 @@ class WorkerMiddleware:
         if path == LOAD_PATH:
             load = {"in_flight": self._meter.in_flight, "interactive": self._meter.interactive}
             await _answer(send, 200, [(b"content-type", b"application/json")], msgspec.json.encode(load))
-        elif path == "/metrics":
-            await self._metrics(scope, receive, send)
+        elif path == "/metrics" and wants_exemplars(scope):
+            await _answer(send, 200, [(b"content-type", OPENMETRICS)], generate_latest(REGISTRY, ALLOWUTF8))  # type: ignore[no-untyped-call]
         elif path in OPEN_PATHS:
             await self._app(scope, receive, send)
         elif not any(
@@ -70,6 +69,16 @@ class WorkerMiddleware:
             await send(message)
 
         return closing
+
+
+def wants_exemplars(scope: Scope) -> bool:
+    """Whether /metrics is ours to answer.
+
+    vLLM's route knows the old text format alone, which has no exemplars; and prometheus_client's own application writes
+    `vllm_` where the metric is called `vllm:`. With several API servers only vLLM can add their numbers up.
+    """
+    accepted = next((value for name, value in scope["headers"] if name == b"accept"), b"")
+    return b"openmetrics" in accepted and "PROMETHEUS_MULTIPROC_DIR" not in os.environ
 
 
 async def _answer(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
