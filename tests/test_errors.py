@@ -98,8 +98,8 @@ def test_wrong_method_and_unknown_paths(shared: Stack) -> None:
         assert client.get(CHAT).status_code == 405
         assert error(client.delete(CHAT))["code"] == "method_not_allowed"
         for path in ("/metrics", "/pause", "/invocations", "/v1/load_lora_adapter", "/owngpt/load", "/docs",
-                     "/v1/chat/completions/../../../metrics", "/v1/models/../../metrics", "//metrics", "/health/x"):
-            response = client.get(path)
+                     "/v1/chat/completions/../../../metrics", "/v1/models/../../metrics", "//metrics", "/health/x", "/assets/../metrics", "/assets/none.js"):
+            response = client.get(httpx.URL(shared.base).copy_with(raw_path=path.encode()))
             assert response.status_code == 404, path
             assert error(response)["type"] == "invalid_request_error"
 

@@ -149,6 +149,12 @@ def find_nginx() -> str:
     return str(cli.nginx_binary())
 
 
+def counts_connections() -> bool:
+    """Whether nginx can say how many connections it has; the one from pip cannot."""
+    built = subprocess.run([find_nginx(), "-V"], capture_output=True, text=True, check=False).stderr
+    return "http_stub_status_module" in built
+
+
 def render(template: Path, values: dict[str, str]) -> str:
     """Fill the ${UPPER_CASE} names of a template; nginx's own $variables stay."""
     return string.Template(template.read_text()).safe_substitute(values)
@@ -185,6 +191,7 @@ def write_configs(dials: Dials, ports: Ports) -> None:
         "LEDGER_ADDRESS": f"127.0.0.1:{ports.ledger}",
         "STATUS_LISTEN": f"127.0.0.1:{ports.nginx_status}",
         "STATUS_ALLOW": "127.0.0.1",
+        "STATUS": "stub_status;" if counts_connections() else "return 404;",
         "CONSOLE_DIR": str(run_dir / "console"),
         "GRAFANA_ADDRESS": "127.0.0.1:9",  # nobody: Grafana comes with the containers
         "MAX_FILE_BYTES": os.environ.get("MAX_FILE_BYTES") or "536870912",
@@ -201,7 +208,7 @@ def prometheus_config(dials: Dials, ports: Ports) -> dict[str, Any]:
     targets = {
         "gateway": [ports.gateway], "worker": list(ports.workers), "jobs": [ports.jobs], "ledger": [ports.ledger],
         "trainer": [ports.trainer], "gpu_exporter": [ports.gpu_exporter], "prometheus": [ports.prometheus],
-        "nginx": [ports.nginx_exporter] if find_exporter("nginx") else [],
+        "nginx": [ports.nginx_exporter] if find_exporter("nginx") and counts_connections() else [],
     }
     config["rule_files"] = [str(ROOT / "monitoring/prometheus" / path) for path in config["rule_files"]]
     del config["alerting"]
@@ -320,7 +327,7 @@ def exporters(dials: Dials, ports: Ports) -> list[Program]:
             "sh", "-c", 'REDIS_PASSWORD=$(cat "$0") exec "$@"', str(dials.secrets / "monitor/redis_password"), redis,
             "-redis.user", "monitor", "-redis.addr", "", "-web.listen-address", f"127.0.0.1:{ports.redis_exporter}",
         ], priority=50))
-    if (nginx := find_exporter("nginx")) and shutil.which("prometheus"):
+    if (nginx := find_exporter("nginx")) and shutil.which("prometheus") and counts_connections():
         found.append(Program("nginx-exporter", [
             nginx, "-nginx.scrape-uri", f"http://127.0.0.1:{ports.nginx_status}/status",
             "-web.listen-address", f"127.0.0.1:{ports.nginx_exporter}",
