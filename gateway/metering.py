@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 from loguru import logger
 
+from gateway import logs
 from gateway.decode import ROUTES, StreamOptions
 from gateway.errors import ApiError, UpstreamFailed, encode_parts
 from gateway.metrics import RequestMetrics
@@ -130,8 +131,8 @@ class Meter:
         self._recorder.end(record)
         self._metrics.observe(record)
         self._metrics.dropped.set(self._recorder.dropped)
-        level = "INFO" if record.outcome in ("ok", "cancelled", "client_error") else "WARNING"
-        logger.log(level, "request", **msgspec.to_builtins(record))
+        good = record.outcome in ("ok", "cancelled", "client_error")
+        logs.requests.write("info" if good else "warning", record)
 
 
 class Metering:

@@ -52,20 +52,44 @@ class RequestMetrics:
         self.dropped = Gauge("owngpt_usage_records_dropped", "Usage records lost while redis was away.",
                              registry=registry, multiprocess_mode="sum")
 
+        self._of: dict[tuple[str, str], _Children] = {}
+
     def observe(self, record: Record) -> None:
         """Count one finished request."""
-        model, route = record.model, record.route
-        self.requests.labels(model, route, record.outcome).inc()
-        self.duration.labels(model, route).observe(record.duration_s)
+        of = self._of.get((record.model, record.route))
+        if of is None:
+            of = self._of[record.model, record.route] = _Children(self, record.model, record.route)
+        of.outcome(record.outcome).inc()
+        of.duration.observe(record.duration_s)
         if record.ttft_s is not None and record.stream and record.interactive:
             # The exemplar leads from a slow dot on a panel to the lines of that very request.
-            self.ttft.labels(model, route).observe(record.ttft_s, {"request_id": record.request_id})
+            of.ttft.observe(record.ttft_s, {"request_id": record.request_id})
             tokens = record.completion_tokens or 0
             if record.outcome == "ok" and tokens > 1 and record.duration_s > record.ttft_s:
-                self.tpot.labels(model, route).observe((record.duration_s - record.ttft_s) / (tokens - 1))
-        self.tokens.labels(model, "prompt").inc(record.prompt_tokens or 0)
-        self.tokens.labels(model, "cached").inc(record.cached_tokens or 0)
-        self.tokens.labels(model, "completion").inc(record.completion_tokens or 0)
+                of.tpot.observe((record.duration_s - record.ttft_s) / (tokens - 1))
+        of.prompt.inc(record.prompt_tokens or 0)
+        of.cached.inc(record.cached_tokens or 0)
+        of.completion.inc(record.completion_tokens or 0)
+
+
+class _Children:
+    """The series of one model and route, looked up once."""
+
+    def __init__(self, metrics: RequestMetrics, model: str, route: str) -> None:
+        self._requests, self._labels = metrics.requests, (model, route)
+        self._outcomes: dict[str, Counter] = {}
+        self.duration = metrics.duration.labels(model, route)
+        self.ttft = metrics.ttft.labels(model, route)
+        self.tpot = metrics.tpot.labels(model, route)
+        self.prompt, self.cached, self.completion = (
+            metrics.tokens.labels(model, kind) for kind in ("prompt", "cached", "completion")
+        )
+
+    def outcome(self, name: str) -> Counter:
+        """The counter of requests that ended so."""
+        if name not in self._outcomes:
+            self._outcomes[name] = self._requests.labels(*self._labels, name)
+        return self._outcomes[name]
 
 
 class GatewayMetrics:
