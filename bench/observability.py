@@ -135,7 +135,7 @@ def console(up: Up) -> float:
             page.add_init_script(f"sessionStorage.setItem('api-key', '{up.key}');" + SENDS_AT_ONCE)
             seen = len(up.records())
             page.goto(up.base)
-            page.wait_for_function("window.first", timeout=60_000)
+            wait_for(lambda page=page: page.evaluate("window.first ?? 0"), "a first token", 60)
             paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0]?.startTime "
                                   "?? performance.getEntriesByName('first-paint')[0].startTime")
             first = page.evaluate("window.first")

@@ -127,19 +127,23 @@ class Answers:
             document = collected.document() if question.fresh() else None
         finally:
             if future is not None:
-                del self._flights[question.name]
                 future.set_result(document)
-            if document is not None:
-                self._keep(question.name, document)
+            writing = self._keep(question.name, document) if document is not None else None
+            if future is not None and writing is not None:
+                # Until redis has it, whoever asks the same gets it from here.
+                writing.add_done_callback(lambda _: self._flights.pop(question.name, None))
+            elif future is not None:
+                del self._flights[question.name]
 
-    def _keep(self, name: str, document: Document) -> None:
+    def _keep(self, name: str, document: Document) -> "asyncio.Task[None] | None":
         body = msgspec.json.encode(document)
         if len(body) > self.max_bytes:
             self.count.labels("too_large").inc()
-            return
+            return None
         task = asyncio.create_task(self._write(name, body))
         self._writing.add(task)
         task.add_done_callback(self._writing.discard)
+        return task
 
     async def _read(self, name: str) -> Document | None:
         if self._breaker.open:

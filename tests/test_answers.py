@@ -1,5 +1,6 @@
 """Answers from memory: what counts as the same question, the two shapes of an answer, and the way through the stack."""
 
+import asyncio
 import concurrent.futures
 import json
 import signal
@@ -10,9 +11,10 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter
 
 from gateway import transcript
-from gateway.answers import HEADER, IGNORED, MAX_QUESTION_BYTES, Question, ask_question, render
+from gateway.answers import HEADER, IGNORED, MAX_QUESTION_BYTES, Answers, Question, ask_question, render
 from gateway.decode import Ask, decode
 from gateway.isolation import Scopes
 from gateway.keys import make
@@ -359,3 +361,43 @@ class TestFaults:
                 assert "usage" not in first.text or not stream
             assert cache_of(ask(stack, "say 7", temperature=1)) == ["bypass"]
             assert "cache_salt" not in ask(stack, "echo body", temperature=1).json()
+
+
+def test_until_redis_has_an_answer_it_is_given_from_here() -> None:
+    """Whoever asks the same while the answer is on its way into redis-cache is no miss."""
+    said = {"choices": [{"index": 0}], "usage": {}}
+
+    class Slow:
+        """A redis that takes a value only when it is told to."""
+
+        def __init__(self) -> None:
+            self.go, self.kept = asyncio.Event(), 0
+
+        async def getex(self, name: str, ex: int) -> None: ...
+
+        async def set(self, name: str, value: bytes, ex: int) -> None:
+            await self.go.wait()
+            self.kept += 1
+
+    class Collected:
+        def document(self) -> dict:
+            return said
+
+    async def ask() -> None:
+        redis, registry = Slow(), CollectorRegistry()
+        count = Counter("x", "x", ("result",), registry=registry)
+        answers = Answers(redis, "s" * 40, 60, 10_000, count)  # type: ignore[arg-type]
+        asked = question(BASE)
+        assert asked is not None
+        assert await answers.find(asked) is None
+        with answers.flight(asked, Collected()):  # type: ignore[arg-type]
+            pass
+        assert await answers.find(asked) == said
+        redis.go.set()
+        await asyncio.gather(*answers._writing)
+        await asyncio.sleep(0)
+        assert redis.kept == 1
+        assert answers._flights == {}
+        assert registry.get_sample_value("x_total", {"result": "joined"}) == 1
+
+    asyncio.run(ask())

@@ -25,6 +25,7 @@ export async function call(path, options = {}) {
   const method = options.method ?? (body === undefined ? "GET" : "POST");
   const answer = await fetch(path, { method, headers, body, signal: options.signal, cache: "no-store" });
   if (!answer.ok) {
+    if (answer.status === 401) dispatchEvent(new Event("refused"));
     const said = await answer.json().catch(() => ({}));
     throw new ApiError(answer.status, said.error ?? {});
   }

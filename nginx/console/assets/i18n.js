@@ -20,6 +20,7 @@ const ZH = {
   "state": "状态", "KV blocks": "KV 块", "models": "模型", "read/s": "读取/秒", "CPU": "CPU", "memory": "内存", "power": "功率",
   "temperature": "温度", "busy": "利用率", "throttled": "降频", "no worker": "没有工作节点。", "day": "日期", "requests": "请求",
   "prompt": "提示", "cached": "缓存", "answers": "回答", "nothing used": "尚无用量。", "no jobs": "尚无任务。", "show": "查看",
+  "succeeded": "成功", "failed": "失败", "queued": "排队中", "cancelled": "已取消", "validating_files": "正在校验", "paused": "已暂停",
   "made": "创建时间", "uploading": "正在上传……", "checking": "已上传。正在检查每一行……", "training loss": "训练损失",
   "validation loss": "验证损失", "step": "步", "left": "剩余", "busy machine": "机器", "name": "名称",
 };
@@ -27,8 +28,10 @@ const ZH = {
 let language = localStorage.getItem("language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
 const english = new Map();
 
-/** A text in the reader's language; the English words are the key. */
-export const t = (text) => (language === "zh" && ZH[text]) || text;
+const EN = { "key refused": "This key is not valid, or was revoked.", "no answer": "The stack does not answer:", "validating_files": "validating" };
+
+/** A text in the reader's language; what is not in EN is its own English. */
+export const t = (text) => (language === "zh" ? ZH : EN)[text] ?? text;
 
 /** Put the chosen language into everything the page came with. */
 export function translate(root = document) {

@@ -39,7 +39,7 @@ async function enter() {
   try {
     await api.json("/v1/models");
   } catch (error) {
-    askForKey(error.status === 401 ? t("key refused") : `${t("no answer")} ${error.message}`);
+    if (error.status !== 401) askForKey(`${t("no answer")} ${error.message}`);
     return;
   }
   $("enter").hidden = true;
@@ -62,6 +62,7 @@ $("key-form").addEventListener("submit", (event) => {
   $("key").value = "";
   enter();
 });
+addEventListener("refused", () => askForKey(t("key refused")));   // also when it is revoked while the page is open
 $("leave").addEventListener("click", () => askForKey());
 const nameLanguage = () => ($("language").textContent = currentLanguage() === "zh" ? "English" : "中文");
 $("language").addEventListener("click", () => {

@@ -6,6 +6,7 @@ import { $, chart, fill, make, seconds, whileShown } from "./page.js";
 
 const OVER = new Set(["succeeded", "failed", "cancelled"]);
 let chosen = null, stop = null, drawLoss = null, openChat = () => {};
+let listed = "", settled = "";   // what the list and the job show already, so that a button is not replaced under a finger
 
 export function setUp(toChat) {
   openChat = toChat;
@@ -32,6 +33,7 @@ export function setUp(toChat) {
 
 export async function show() {
   const models = (await json("/v1/models")).data.filter((model) => !model.parent);
+  settled = "";   // the language may be another
   $("base").replaceChildren(...models.map((model) => make("option", { value: model.id }, model.id)));
   stop = whileShown(refresh, 2000);
 }
@@ -78,17 +80,23 @@ async function refresh() {
     $("tune-error").textContent = `${t("no answer")} ${error.message}`;
     return;
   }
+  const now = JSON.stringify([t("show"), jobs.map((job) => [job.id, job.status, job.paused, job.fine_tuned_model])]);
+  if (now !== listed) list(jobs);
+  listed = now;
+  const job = jobs.find((one) => one.id === chosen);
+  $("job").hidden = !job;
+  if (job && settled !== job.id) await showJob(job);
+}
+
+function list(jobs) {
   fill($("jobs"), ["", t("state"), t("model"), t("made")], jobs.map((job) => {
     const button = make("button", { className: "plain", type: "button" }, t("show"));
     button.addEventListener("click", () => {
       chosen = job.id;
       refresh();
     });
-    return [button, job.paused ? "paused" : job.status, job.fine_tuned_model ?? job.model, new Date(job.created_at * 1000).toLocaleString()];
+    return [button, t(job.paused ? "paused" : job.status), job.fine_tuned_model ?? job.model, new Date(job.created_at * 1000).toLocaleString()];
   }), t("no jobs"));
-  const job = jobs.find((one) => one.id === chosen);
-  $("job").hidden = !job;
-  if (job) await showJob(job);
 }
 
 async function showJob(job) {
@@ -104,7 +112,7 @@ async function showJob(job) {
   const last = metrics.at(-1);
   $("job-title").textContent = job.fine_tuned_model ?? job.id;
   $("job-line").textContent = [
-    job.paused ? "paused" : job.status,
+    t(job.paused ? "paused" : job.status),
     last?.total_steps ? `${t("step")} ${last.step}/${last.total_steps}` : "",
     last && !OVER.has(job.status) && last.eta_s ? `${t("left")} ${seconds(last.eta_s)}` : "",
     job.error?.message ?? "",
@@ -115,6 +123,7 @@ async function showJob(job) {
   $("job-chat").hidden = !job.fine_tuned_model;
   $("job-chat").onclick = () => openChat(job.fine_tuned_model);
   if (OVER.has(job.status) || metrics.length) $("tune-said").textContent = "";
+  settled = OVER.has(job.status) ? job.id : "";
 
   drawLoss ??= chart($("loss-chart"), [t("training loss"), t("validation loss")], "step", 240);
   const bySteps = new Map();
