@@ -279,6 +279,7 @@ class RequestPath:
                 worker = self._choose(request.ask, request.cache_scope, tried).worker
                 worker.sent += 1
             except errors.ApiError as error:
+                self._metrics.decisions.labels(ROUTES[scope["path"]][0], str(error.status)).inc()
                 log_refusal(error, request.id, scope["path"])
                 await send_error(error, request.id, send)
                 return

@@ -175,8 +175,9 @@ def write_configs(dials: Dials, ports: Ports) -> None:
     pool = subprocess.run(["sh", str(ROOT / "nginx/pool.sh"), *addresses], check=True, capture_output=True, text=True)
     (run_dir / "pool.conf").write_text(pool.stdout)
     # A copy: nginx's workers may be somebody who cannot read this folder.
-    shutil.copytree(ROOT / "nginx/console", run_dir / "console", dirs_exist_ok=True)
-    for path in (run_dir / "console").rglob("*"):
+    shutil.rmtree(run_dir / "console", ignore_errors=True)
+    shutil.copytree(ROOT / "nginx/console", run_dir / "console")
+    for path in (run_dir / "console", *(run_dir / "console").rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     origins = os.environ.get("CORS_ORIGINS", "").split()
     (run_dir / "nginx.conf").write_text(render(ROOT / "nginx/nginx.conf.template", {
