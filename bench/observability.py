@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import json
 import os
 import signal
 import statistics
@@ -14,12 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
 from playwright.sync_api import sync_playwright
 
 from bench import peers
 from bench.stack import CLIENT, Figures, cpu_s, workshop
-from services.local.plan import ROOT, Dials
+from services.local.plan import ROOT
 from tests import prometheus as watching
 from tests import test_alerts
 from tests.harness import Stack, free_ports, running, wait_for
@@ -66,9 +66,9 @@ def panels() -> Figures:
         up = Up(state, workers=1, HOURLY_USD="1.5", BUDGET_USD="5000")
         exporter = None
         try:
-            config = yaml.safe_load((Dials(state, "", "").run_dir / "prometheus.yml").read_text())
+            config = up.scraped()
             jobs = {job["job_name"]: job for job in config["scrape_configs"]}
-            prometheus = watching.Prometheus("http://" + jobs["prometheus"]["static_configs"][0]["targets"][0])
+            prometheus = watching.Prometheus(f"http://{up.target('prometheus')}")
             port = free_ports(1)[0]
             exporter = fake_gpus(folder, port)
             jobs["gpu_exporter"]["static_configs"] = [{"targets": [f"127.0.0.1:{port}"]}]
@@ -140,7 +140,7 @@ def console(up: Up) -> float:
                                   "?? performance.getEntriesByName('first-paint')[0].startTime")
             first = page.evaluate("window.first")
             wait_for(lambda seen=seen: len(up.records()) > seen, "a record")
-            ttft_s = yaml.safe_load(up.records()[-1])["ttft_s"]
+            ttft_s = json.loads(up.records()[-1])["ttft_s"]
             extra.append((first - paint) / 1000 - ttft_s)
             print(f"console: paint {paint:.0f} ms, first token {first:.0f} ms, engine {ttft_s * 1e3:.0f} ms", flush=True)
             context.close()

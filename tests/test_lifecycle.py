@@ -81,9 +81,7 @@ def messages(up: Up, job_id: str) -> list[str]:
 
 def trainer_metrics(up: Up) -> str:
     """What Prometheus is told to read, from where it is told."""
-    config = (Dials(up.state, "", "").run_dir / "prometheus.yml").read_text()
-    target = config.rpartition("job_name: trainer")[2].partition('"')[2].partition('"')[0]
-    return httpx.get(f"http://{target}/metrics").text
+    return httpx.get(f"http://{up.target('trainer')}/metrics").text
 
 
 class TestFiles:

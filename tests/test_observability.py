@@ -17,14 +17,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-import yaml
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from gateway.records import Record
 from monitoring.boards import BOARDS
 from services.ledger.metrics import MAX_KEYS, LedgerMetrics
-from services.local.plan import ROOT, Dials
+from services.local.plan import ROOT
 from tests.harness import free_ports, wait_for
 from tests.load import Load, start_batch
 from tests.prometheus import Prometheus, empty_queries, running
@@ -86,9 +85,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     up = Up(state, workers=1, HOURLY_USD="1.5", BUDGET_USD="5000", OTLP_TRACES_ENDPOINT=collector)
     exporter = None
     try:
-        config = yaml.safe_load((Dials(state, "", "").run_dir / "prometheus.yml").read_text())
-        own = next(job for job in config["scrape_configs"] if job["job_name"] == "prometheus")
-        prometheus = Prometheus("http://" + own["static_configs"][0]["targets"][0])
+        config = up.scraped()
+        prometheus = Prometheus(f"http://{up.target('prometheus')}")
         port = free_ports(1)[0]
         exporter = fake_gpus(folder, port)
         for job in config["scrape_configs"]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import yaml
 from redis import Redis
 from supervisor.xmlrpc import SupervisorTransport
 
@@ -52,6 +53,14 @@ class Up:
         dials = Dials(state=self.state, model="", model_name="")
         password = (dials.secrets / user / "redis_password").read_text().strip()
         return Redis.from_url(dials.redis_url, username=user, password=password, decode_responses=True)
+
+    def scraped(self) -> dict:
+        """Prometheus' configuration of this run."""
+        return yaml.safe_load((Dials(self.state, "", "").run_dir / "prometheus.yml").read_text())
+
+    def target(self, job: str) -> str:
+        """host:port of a job's first target."""
+        return next(j for j in self.scraped()["scrape_configs"] if j["job_name"] == job)["static_configs"][0]["targets"][0]
 
     def program_pid(self, name: str) -> int:
         """The process id of one of the supervised programs."""
