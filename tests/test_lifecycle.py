@@ -25,7 +25,7 @@ from openai.types.fine_tuning import FineTuningJob
 from pydantic import BaseModel
 
 from services.jobs.batches import HOUSE
-from services.local.plan import ROOT, Dials
+from services.local.plan import ROOT
 from tests.harness import wait_for
 from tests.up import MODEL, Up
 
