@@ -292,7 +292,8 @@ def show_top(
     """Watch workers, queue, KV blocks, GPU, tokens/s, cost and alerts. Ctrl-C ends it, not the stack."""
     endpoint, key = way_in()
     try:
-        top.watch(endpoint, key, Console(highlight=False), once=once)
+        screen = Console(highlight=False)
+        top.watch(endpoint, key, screen, once=once or not screen.is_terminal)
     except httpx.HTTPError as error:
         said = type(error).__name__
         raise UserError(f"The stack at {endpoint} does not answer ({said}). Is make up running?") from error
