@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from loguru import logger
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
@@ -184,8 +183,8 @@ async def _tend(redis: Redis, feed: Feed, table: WorkerTable, metrics: GatewayMe
     """Once a second: forget silent workers, settle what lost ones left, refresh the gauges."""
     lost = 0
     while True:
+        table.tend(connected=feed.connected)
         if feed.connected:
-            table.expire()
             try:
                 # A redis that was away longer than heartbeats live has forgotten live workers: let them speak first.
                 settled = time.monotonic() - feed.connected_at > 2 * HEARTBEAT_TTL_MS / 1000
@@ -196,8 +195,6 @@ async def _tend(redis: Redis, feed: Feed, table: WorkerTable, metrics: GatewayMe
                 logger.warning("could not look for lost requests", error=str(error))
             except Exception:  # a bug here must not stop the tending
                 logger.exception("tending failed")
-        else:
-            table.keep_alive()
         metrics.workers_lost.inc(table.lost - lost)
         lost = table.lost
         for state, count in table.states().items():
@@ -284,17 +281,6 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         return await answer_api_error(request, errors.MethodNotAllowed(f"{path} does not take {method}."))
     return await answer_api_error(request, errors.NotFound(f"There is nothing at {path}."))
-
-
-async def answer_invalid(request: Request, error: Exception) -> Response:
-    """Pydantic's complaint in OpenAI's shape: the first field, all of them in the text."""
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it only
-    problems = [
-        (".".join(str(p) for p in e["loc"] if p not in ("body", "query")), e["msg"], e.get("input"))
-        for e in error.errors()
-    ]
-    text = "; ".join(f"{name or 'body'}: {message} (got {str(value)[:100]!r})" for name, message, value in problems)
-    return await answer_api_error(request, errors.InvalidRequest(text, param=problems[0][0] or None))
 
 
 def create() -> Gateway:

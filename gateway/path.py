@@ -93,12 +93,15 @@ class _Request(NamedTuple):
     id: bytes
     cache_scope: str
     salt: str
+    took_s: float
+    """What the decision took."""
     traceparent: bytes
     """Empty: nobody traces."""
 
-    def context(self, attempt: int, took_s: float) -> bytes:
-        """The header that the worker's metering reads."""
-        return f"{self.key_id} {attempt} {self.salt} {took_s * 1e6:.0f}".encode()
+    def headers(self, attempt: int) -> list[tuple[bytes, bytes]]:
+        """What the worker's metering and its tracing read."""
+        context = f"{self.key_id} {attempt} {self.salt} {self.took_s * 1e6:.0f}".encode()
+        return [(CONTEXT, context), *([(TRACEPARENT, self.traceparent)] if self.traceparent else ())]
 
 
 class RequestPath:
@@ -185,10 +188,11 @@ class RequestPath:
         if traced is not None:
             trace = traced.traceparent
             traced.note(key=key.id, model=ask.model, worker=chosen.worker.beat.id, reason=chosen.reason)
-        request = _Request(ask, body, key.id, request_id, cache_scope, self._scopes.salt(cache_scope), trace)
+        salt = self._scopes.salt(cache_scope)
         worker = chosen.worker
         worker.sent += 1
         took = time.perf_counter() - started
+        request = _Request(ask, body, key.id, request_id, cache_scope, salt, took, trace)
         self._metrics.decision_seconds.observe(took)
         timing = b'gateway;dur=%.2f;desc="%s"' % (took * 1e3, chosen.reason.encode())
         if question is not None and self._answers is not None:
@@ -196,14 +200,14 @@ class RequestPath:
             collecting = Collecting(question, _explain(send, (b"server-timing", timing)), self._answers.max_bytes)
             asked = rewrite(body, usage=True) if question.stream and not question.usage else body
             with self._answers.flight(question, collecting):
-                await self._relay(worker, request, asked, took, scope, receive, collecting)
+                await self._relay(worker, request, asked, scope, receive, collecting)
         elif self._settings.edge == "nginx" and worker.beat.metered and alias is None:
             self._decided[route].inc()
-            await self._accelerate(worker, request, request.context(len(tried.tried) + 1, took), timing, send)
+            await self._accelerate(worker, request, len(tried.tried) + 1, timing, send)
         else:
             self._metrics.decisions.labels(route, "relay").inc()
             explained = _explain(send, (b"server-timing", timing), (HEADER, BYPASS))
-            await self._relay(worker, request, body, took, scope, receive, explained)
+            await self._relay(worker, request, body, scope, receive, explained)
 
     async def _remember(
         self, question: Question, key: ApiKey, ask: Ask, request_id: bytes, started: float, send: Send
@@ -231,7 +235,7 @@ class RequestPath:
         return True
 
     async def _accelerate(
-        self, worker: Worker, request: "_Request", context: bytes, timing: bytes, send: Send
+        self, worker: Worker, request: "_Request", attempt: int, timing: bytes, send: Send
     ) -> None:
         """Tell nginx where to send the original request."""
         await send({
@@ -243,17 +247,15 @@ class RequestPath:
                 (b"x-worker-token", self._token),
                 (b"x-request-id", request.id),
                 (b"server-timing", timing),
-                (CONTEXT, context),
                 (HEADER, BYPASS),
                 (b"content-length", b"0"),
-                *([(TRACEPARENT, request.traceparent)] if request.traceparent else ()),
+                *request.headers(attempt),
             ],
         })
         await send({"type": "http.response.body", "body": b""})
 
     async def _relay(
-        self, worker: Worker, request: "_Request", body: bytes, took_s: float, scope: Scope, receive: Receive,
-        send: Send,
+        self, worker: Worker, request: "_Request", body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Carry the bytes of `body`, the request's own or what we made of it; on an early failure, choose again."""
         tried = attempts.Attempts()
@@ -263,8 +265,7 @@ class RequestPath:
                 *[(n, v) for n, v in scope["headers"] if n not in _OURS],
                 *self._priority,
                 (b"x-request-id", request.id),
-                (CONTEXT, request.context(len(tried.tried) + 1, took_s)),
-                *([(TRACEPARENT, request.traceparent)] if request.traceparent else ()),
+                *request.headers(len(tried.tried) + 1),
             ]}
             upstream = Upstream(self._session, address, self._settings.worker_token)
             app = upstream if worker.beat.metered else Metering(upstream, self._meter, worker.beat.id)

@@ -134,6 +134,13 @@ class WorkerTable:
         for worker in self.workers.values():
             worker.seen_at = now
 
+    def tend(self, *, connected: bool) -> None:
+        """Call it every second: silent workers are forgotten, unless it is redis that is away."""
+        if connected:
+            self.expire()
+        else:
+            self.keep_alive()
+
     def suspect(self, address: str) -> None:
         """Avoid the worker at an address for SUSPECT_S: a request just failed there."""
         until = self._clock() + SUSPECT_S

@@ -25,12 +25,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m monitoring", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 when a file is not as generated")
     check = parser.parse_args().check
-    stale = [path for path, text in generated().items() if not path.exists() or path.read_text() != text]
+    files = generated()
+    stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
     for path in stale:
         print(f"{'not as generated' if check else 'written'}: {path.relative_to(HERE.parent)}")
         if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(generated()[path])
+            path.write_text(files[path])
     return int(check and bool(stale))
 
 

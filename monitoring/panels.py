@@ -5,7 +5,7 @@ The JSON is made by grafana-foundation-sdk, whose types know what Grafana accept
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from grafana_foundation_sdk.builders import (
@@ -75,7 +75,7 @@ class Board:
     rows: dict[str, tuple[Panel, ...]]
     texts: tuple[str, ...] = ()
     """Variables that are typed in, or come with a link."""
-    needs: str = field(default="")
+    needs: str = ""
     """What must be there for its panels to show anything; empty: the stack alone."""
 
     def panels(self) -> Iterator[Panel]:

@@ -1,8 +1,63 @@
-"""Serves the HTTP service of a folder below `services/`: python -m services.NAME --port N."""
+"""What the HTTP services below `services/` have in common: the app, whose request it is, the metrics, the command.
+
+    python -m services.NAME --port N
+"""
 
 import argparse
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated
 
 import uvicorn
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException
+
+from gateway import errors
+from gateway.app import answer_api_error, answer_http_exception
+from gateway.auth import bearer
+from gateway.keys import ApiKey
+
+
+def make_api(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
+    """An app that answers errors in OpenAI's shape, and /health. Its lifespan sets `state.authenticator`."""
+    api = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    api.add_exception_handler(errors.ApiError, answer_api_error)
+    api.add_exception_handler(HTTPException, answer_http_exception)
+    api.add_exception_handler(RequestValidationError, answer_invalid)
+
+    @api.get("/health")
+    async def health() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    return api
+
+
+async def owner(request: Request) -> str:
+    """Whose request this is: the id of its API key."""
+    key: ApiKey = await request.app.state.authenticator.check(bearer(request.scope["headers"]))
+    return key.id
+
+
+Owner = Annotated[str, Depends(owner)]
+
+
+def exposition(registry: CollectorRegistry) -> Response:
+    """Prometheus text. nginx does not let it out."""
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def answer_invalid(request: Request, error: Exception) -> Response:
+    """Pydantic's complaint in OpenAI's shape: the first field, all of them in the text."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it only
+    problems = [
+        (".".join(str(p) for p in e["loc"] if p not in ("body", "query")), e["msg"], e.get("input"))
+        for e in error.errors()
+    ]
+    text = "; ".join(f"{name or 'body'}: {message} (got {str(value)[:100]!r})" for name, message, value in problems)
+    return await answer_api_error(request, errors.InvalidRequest(text, param=problems[0][0] or None))
 
 
 def serve(name: str, description: str) -> None:

@@ -45,8 +45,7 @@ class Exporter:
     def _gpus(self) -> None:
         said = ""
         while True:
-            nvml = Nvml()
-            counted = dict[tuple[str, str], int]()
+            nvml = Nvml(self._count_failure)
             try:
                 nvml.open()
                 logger.info("NVML answers")
@@ -55,7 +54,6 @@ class Exporter:
                     self._shown.put("gpu", nvml.sample())
                     self._up.set(1)
                     self._sampled_at = time.monotonic()
-                    self._count(nvml, counted)
                     time.sleep(self._settings.sample_every_s)
             except Unreachable as error:
                 if str(error) != said:
@@ -63,18 +61,14 @@ class Exporter:
                 said = str(error)
             except Exception:  # a bug in a reading must not end the exporter
                 logger.exception("sampling failed")
-            self._count(nvml, counted)
             nvml.close()
             self._up.set(0)
             self._shown.put("gpu", ())
             self._sampled_at = time.monotonic()
             time.sleep(min(RETRY_S, 5 * self._settings.sample_every_s))
 
-    def _count(self, nvml: Nvml, counted: dict[tuple[str, str], int]) -> None:
-        for at, times in nvml.errors.items():
-            if new := times - counted.get(at, 0):
-                self._failed.labels(*at).inc(new)
-                counted[at] = times
+    def _count_failure(self, call: str, error: str) -> None:
+        self._failed.labels(call, error).inc()
 
     def _host(self) -> None:
         psutil.cpu_percent(None)  # the first call has nothing to compare with

@@ -46,11 +46,13 @@ class Unreachable(Exception):
 
 
 class Nvml:
-    """An open NVML. Raises Unreachable from `open` when there is no driver or no library."""
+    """An open NVML. Raises Unreachable from `open` when there is no driver or no library.
 
-    def __init__(self) -> None:
-        self.errors: Counter[tuple[str, str]] = Counter()
-        """Failed calls by (call, error), unsupported ones left out."""
+    `failed` hears of calls that failed, by call and error; of unsupported ones it does not.
+    """
+
+    def __init__(self, failed: Callable[[str, str], None]) -> None:
+        self._failed = failed
         self.xids: Counter[tuple[str, str]] = Counter()
         """XID errors by (gpu, xid)."""
         self._events: Any = None
@@ -201,7 +203,7 @@ class Nvml:
                 event = n.nvmlEventSetWait_v2(self._events, 1)
             except n.NVMLError as error:
                 if error.value not in (n.NVML_ERROR_TIMEOUT, *_UNSUPPORTED):
-                    self.errors["event_wait", _name(error)] += 1
+                    self._failed("event_wait", _name(error))
                 return
             index = self._try("event_index", n.nvmlDeviceGetIndex, event.device)
             self.xids[str(index if index is not None else ""), str(event.eventData)] += 1
@@ -212,7 +214,7 @@ class Nvml:
             return function(*args)
         except n.NVMLError as error:
             if error.value not in _UNSUPPORTED:
-                self.errors[call, _name(error)] += 1
+                self._failed(call, _name(error))
             if error.value in _LOST:
                 raise Unreachable(str(error)) from error
             return None

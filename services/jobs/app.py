@@ -8,21 +8,17 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.responses import FileResponse
 from loguru import logger
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from redis.exceptions import RedisError
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gateway import errors, logs
 from gateway.adapters import CHANNEL_ALIASES, AliasTable
-from gateway.app import answer_api_error, answer_http_exception, answer_invalid
-from gateway.auth import Authenticator, bearer
-from gateway.keys import ApiKey
+from gateway.auth import Authenticator
 from gateway.records import Recorder
 from gateway.registry import Feed, WorkerTable, load_workers
 from gateway.relay import open_session
@@ -35,17 +31,11 @@ from services.jobs.metrics import JobsMetrics
 from services.jobs.pacing import Pacing
 from services.jobs.settings import JobsSettings
 from services.jobs.tuning import CreateJob, Tuning
+from services.serving import Owner, exposition, make_api
 
 MULTIPART_OVERHEAD_BYTES = 64 * 1024
 
 
-async def owner(request: Request) -> str:
-    """Whose request this is: the id of its API key."""
-    key: ApiKey = await request.app.state.authenticator.check(bearer(request.scope["headers"]))
-    return key.id
-
-
-Owner = Annotated[str, Depends(owner)]
 After = Annotated[str | None, Query()]
 Limit = Annotated[int, Query(ge=1, le=100)]
 
@@ -105,24 +95,15 @@ def create(settings: JobsSettings) -> FastAPI:
             await recorder.close()
             await redis.aclose()
 
-    api = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    api = make_api(lifespan)
     api.state.max_file_bytes = settings.max_file_bytes
-    api.add_exception_handler(errors.ApiError, answer_api_error)
-    api.add_exception_handler(HTTPException, answer_http_exception)
-    api.add_exception_handler(RequestValidationError, answer_invalid)
     api.add_exception_handler(ClientDisconnect, answer_nobody)
-
-    @api.get("/health")
-    async def health() -> dict[str, str]:
-        """The process answers."""
-        return {"status": "ok"}
 
     @api.get("/metrics")
     async def metrics(request: Request) -> Response:
-        """Prometheus text. nginx does not let it out."""
         with contextlib.suppress(RedisError, OSError):  # the rest is as true without it
             request.app.state.metrics.queued.set(await request.app.state.tuning.queued())
-        return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+        return exposition(request.app.state.registry)
 
     add_files(api)
     add_tuning(api)
@@ -141,13 +122,11 @@ async def tend(feed: Feed, table: WorkerTable, files: Files) -> None:
     """Forget silent workers; once an hour remove what crashes left on the volume."""
     seconds = 0
     while True:
+        table.tend(connected=feed.connected)
         if feed.connected:
-            table.expire()
             if seconds % 3600 == 1 and (removed := await files.sweep()):
                 logger.info("removed files without a record", count=removed)
             seconds += 1
-        else:
-            table.keep_alive()
         await asyncio.sleep(1.0)
 
 

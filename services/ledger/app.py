@@ -6,17 +6,13 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Query, Request, Response
 from loguru import logger
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from redis.exceptions import RedisError
-from starlette.exceptions import HTTPException
 
-from gateway import errors, logs
-from gateway.app import answer_api_error, answer_http_exception, answer_invalid
-from gateway.auth import Authenticator, bearer
-from gateway.keys import ApiKey
+from gateway import logs
+from gateway.auth import Authenticator
 from gateway.registry import Feed, WorkerTable, load_workers
 from gateway.store import CHANNEL_KEYS, CHANNEL_WORKERS, connect, end_tasks
 from services.ledger.books import ALL, Books, total
@@ -25,6 +21,7 @@ from services.ledger.metrics import LedgerMetrics
 from services.ledger.neighbours import Neighbours
 from services.ledger.pulse import LastMinute, Speeds, describe
 from services.ledger.settings import LedgerSettings
+from services.serving import Owner, exposition, make_api
 
 RETRY_S = 1.0
 COST_EVERY_S = 5
@@ -34,7 +31,6 @@ class Ledger:
     """Everything the routes read, and the tasks that keep it fresh."""
 
     def __init__(self, settings: LedgerSettings) -> None:
-        self._settings = settings
         self._redis = connect(settings)
         self.registry = CollectorRegistry()
         self.metrics = LedgerMetrics(self.registry)
@@ -96,10 +92,7 @@ class Ledger:
         """Once a second: silent workers, speeds; now and then: money."""
         seconds = 0
         while True:
-            if self._feed.connected:
-                self.table.expire()
-            else:
-                self.table.keep_alive()
+            self.table.tend(connected=self._feed.connected)
             self.speeds.take(self.table.workers.values())
             if seconds % COST_EVERY_S == 0:
                 with contextlib.suppress(RedisError, OSError):  # the gap is counted at the next tick
@@ -138,38 +131,21 @@ def _tokens(counts: dict[str, int]) -> int:
     return counts["prompt_tokens"] + counts["completion_tokens"]
 
 
-async def owner(request: Request) -> str:
-    """Whose request this is: the id of its API key."""
-    key: ApiKey = await request.app.state.ledger.authenticator.check(bearer(request.scope["headers"]))
-    return key.id
-
-
-Owner = Annotated[str, Depends(owner)]
-
-
 def create(settings: LedgerSettings) -> FastAPI:
     """The app."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.ledger = ledger = Ledger(settings)
+        app.state.authenticator = ledger.authenticator
         async with ledger.running():
             yield
 
-    api = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    api.add_exception_handler(errors.ApiError, answer_api_error)
-    api.add_exception_handler(HTTPException, answer_http_exception)
-    api.add_exception_handler(RequestValidationError, answer_invalid)
-
-    @api.get("/health")
-    async def health() -> dict[str, str]:
-        """The process answers."""
-        return {"status": "ok"}
+    api = make_api(lifespan)
 
     @api.get("/metrics")
     async def metrics(request: Request) -> Response:
-        """Prometheus text. nginx does not let it out."""
-        return Response(generate_latest(request.app.state.ledger.registry), media_type=CONTENT_TYPE_LATEST)
+        return exposition(request.app.state.ledger.registry)
 
     @api.post("/alerts")
     async def alerts(request: Request) -> Response:

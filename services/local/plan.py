@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,10 @@ def find_nginx() -> str:
     return str(cli.nginx_binary())
 
 
-def counts_connections() -> bool:
-    """Whether nginx can say how many connections it has; the one from pip cannot."""
-    built = subprocess.run([find_nginx(), "-V"], capture_output=True, text=True, check=False).stderr
+@cache
+def counts_connections(nginx: str) -> bool:
+    """Whether this nginx can say how many connections it has; the one from pip cannot."""
+    built = subprocess.run([nginx, "-V"], capture_output=True, text=True, check=False).stderr
     return "http_stub_status_module" in built
 
 
@@ -192,7 +194,7 @@ def write_configs(dials: Dials, ports: Ports) -> None:
         "LEDGER_ADDRESS": f"127.0.0.1:{ports.ledger}",
         "STATUS_LISTEN": f"127.0.0.1:{ports.nginx_status}",
         "STATUS_ALLOW": "127.0.0.1",
-        "STATUS": "stub_status;" if counts_connections() else "return 404;",
+        "STATUS": "stub_status;" if counts_connections(find_nginx()) else "return 404;",
         "CONSOLE_DIR": str(run_dir / "console"),
         "GRAFANA_ADDRESS": "127.0.0.1:9",  # nobody: Grafana comes with the containers
         "MAX_FILE_BYTES": os.environ.get("MAX_FILE_BYTES") or "536870912",
@@ -209,7 +211,7 @@ def prometheus_config(dials: Dials, ports: Ports) -> dict[str, Any]:
     targets = {
         "gateway": [ports.gateway], "worker": list(ports.workers), "jobs": [ports.jobs], "ledger": [ports.ledger],
         "trainer": [ports.trainer], "gpu_exporter": [ports.gpu_exporter], "prometheus": [ports.prometheus],
-        "nginx": [ports.nginx_exporter] if find_exporter("nginx") and counts_connections() else [],
+        "nginx": [ports.nginx_exporter] if find_exporter("nginx") else [],
     }
     config["rule_files"] = [str(ROOT / "monitoring/prometheus" / path) for path in config["rule_files"]]
     del config["alerting"]
@@ -231,7 +233,9 @@ def prometheus_config(dials: Dials, ports: Ports) -> dict[str, Any]:
 
 
 def find_exporter(server: str) -> str | None:
-    """The system's Prometheus exporter for nginx or redis, if it is installed."""
+    """The system's Prometheus exporter for nginx or redis, if it is installed and there is something to export."""
+    if server == "nginx" and not counts_connections(find_nginx()):
+        return None
     return shutil.which(f"prometheus-{server}-exporter")
 
 
@@ -309,8 +313,8 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
     }, stop_s=15, priority=30))
     found.append(Program("nginx", [find_nginx(), "-p", str(run_dir), "-e", "stderr", "-c", str(run_dir / "nginx.conf")],
                          priority=40))
-    found += exporters(dials, ports)
     if prometheus:
+        found += exporters(dials, ports)
         found.append(Program("prometheus", [
             prometheus, f"--config.file={run_dir}/prometheus.yml", f"--storage.tsdb.path={dials.state}/prometheus",
             f"--web.listen-address=127.0.0.1:{ports.prometheus}", "--storage.tsdb.retention.time=30d",
@@ -320,15 +324,15 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
 
 
 def exporters(dials: Dials, ports: Ports) -> list[Program]:
-    """The system's exporters for nginx and redis, where they are installed and Prometheus is there to read them."""
+    """The system's exporters for nginx and redis, where they are installed."""
     found = []
-    if (redis := find_exporter("redis")) and shutil.which("prometheus"):
+    if redis := find_exporter("redis"):
         # The password goes through the shell, so that it stands in no file but its own and in no command line.
         found.append(Program("redis-exporter", [
             "sh", "-c", 'REDIS_PASSWORD=$(cat "$0") exec "$@"', str(dials.secrets / "monitor/redis_password"), redis,
             "-redis.user", "monitor", "-redis.addr", "", "-web.listen-address", f"127.0.0.1:{ports.redis_exporter}",
         ], priority=50))
-    if (nginx := find_exporter("nginx")) and shutil.which("prometheus") and counts_connections():
+    if nginx := find_exporter("nginx"):
         found.append(Program("nginx-exporter", [
             nginx, "-nginx.scrape-uri", f"http://127.0.0.1:{ports.nginx_status}/status",
             "-web.listen-address", f"127.0.0.1:{ports.nginx_exporter}",

@@ -22,7 +22,7 @@ const ZH = {
   "prompt": "提示", "cached": "缓存", "answers": "回答", "nothing used": "尚无用量。", "no jobs": "尚无任务。", "show": "查看",
   "succeeded": "成功", "failed": "失败", "queued": "排队中", "cancelled": "已取消", "validating_files": "正在校验", "paused": "已暂停",
   "made": "创建时间", "uploading": "正在上传……", "checking": "已上传。正在检查每一行……", "training loss": "训练损失",
-  "validation loss": "验证损失", "step": "步", "left": "剩余", "busy machine": "机器", "name": "名称",
+  "validation loss": "验证损失", "step": "步", "left": "剩余",
 };
 
 let language = localStorage.getItem("language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
