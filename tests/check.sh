@@ -12,7 +12,7 @@ run() {
 run ruff "$bin/ruff" check .
 run mypy "$bin/mypy" --strict gateway services monitoring bench
 run shellcheck "$bin/shellcheck" services/base/make.sh services/worker/install-cpu.sh services/local/install.sh \
-    nginx/entrypoint.sh nginx/pool.sh monitoring/alertmanager/start.sh tests/check.sh .ci/run .ci/docker.sh
+    nginx/entrypoint.sh nginx/pool.sh services/redis/start.sh monitoring/alertmanager/start.sh tests/check.sh .ci/run .ci/docker.sh
 run "nginx: gixy and nginx -t" "$bin/python" -m tests.lint_nginx
 if command -v docker >/dev/null && docker compose version >/dev/null 2>&1; then
     run "compose config (cpu)" env ACCELERATOR=cpu docker compose config --quiet

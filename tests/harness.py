@@ -18,7 +18,8 @@ from redis import Redis
 
 from gateway.keys import ApiKey, make
 from gateway.store import api_key_key
-from services.local.plan import ROOT, Dials, Ports, cache_command, find_nginx, find_redis, is_free, write_configs
+from services.local.plan import ROOT, Dials, Ports, cache_command, find_nginx, is_free, write_configs
+from services.local.state_server import find_redis
 from services.secrets.__main__ import make as make_secrets
 from services.worker.middleware import WORKER_ID
 

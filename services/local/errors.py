@@ -1,0 +1,5 @@
+"""What goes wrong by the user's hand."""
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is all they need."""
