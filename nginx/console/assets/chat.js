@@ -6,6 +6,7 @@ import { $, make, number, seconds } from "./page.js";
 
 let history = [];
 let running = null;
+let temperature; // not said until the slider is moved: the model's own then
 
 /** Fill the picker: base models first, adapters and aliases below, those that the key may use. */
 export async function show() {
@@ -25,7 +26,10 @@ export function choose(model) {
 
 export function setUp() {
   if (matchMedia("(max-width: 46rem)").matches) $("settings").open = false;
-  $("temperature").addEventListener("input", () => ($("temperature-shown").value = $("temperature").value));
+  $("temperature").addEventListener("input", () => {
+    $("temperature-shown").removeAttribute("data-i18n");
+    $("temperature-shown").value = temperature = Number($("temperature").value);
+  });
   $("new-chat").addEventListener("click", () => {
     running?.abort();
     history = [];
@@ -64,7 +68,7 @@ async function ask(text) {
       json: {
         model: $("model").value, stream: true, stream_options: { include_usage: true },
         messages: [...(system ? [{ role: "system", content: system }] : []), ...history],
-        temperature: Number($("temperature").value), max_tokens: Number($("max-tokens").value) || undefined,
+        temperature, max_tokens: Number($("max-tokens").value) || undefined,
       },
     });
     seen.headers = answer.headers;

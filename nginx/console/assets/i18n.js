@@ -4,7 +4,7 @@ const ZH = {
   chat: "对话", status: "状态", usage: "用量", tuning: "微调", leave: "忘记密钥", welcome: "欢迎",
   key_why: "粘贴您的 API 密钥。它只留在此标签页中，关闭即消失。", key: "API 密钥", open: "打开",
   key_where: "make up 会打印一个密钥；make key NAME=alice 可再建一个。",
-  settings: "设置", model: "模型", system: "系统提示词", temperature: "温度", max_tokens: "回答上限（token）", new_chat: "新对话",
+  settings: "设置", model: "模型", system: "系统提示词", temperature: "温度", own_default: "模型默认", max_tokens: "回答上限（token）", new_chat: "新对话",
   question: "您的消息", question_hint: "请提问。Enter 发送，Shift+Enter 换行。", send: "发送", stop: "停止",
   tokens_per_s: "每秒 token", requests_now: "运行中与排队的请求", workers: "工作节点", machine: "机器",
   usage_what: "此密钥最近 30 天的用量（UTC）。", tokens_per_day: "每天 token",
