@@ -149,6 +149,16 @@ def test_it_answers(containers: openai.OpenAI) -> None:
 
 
 @needs_engine
+def test_logprobs_need_no_compiler(containers: openai.OpenAI) -> None:
+    assert docker("compose", "exec", "-T", "worker", "sh", "-c", "command -v g++ c++ clang++ || echo none").strip() == "none"
+    before = ask(containers)
+    answer = containers.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Say hi"}], max_tokens=4, logprobs=True, top_logprobs=2)
+    assert answer.choices[0].logprobs.content
+    assert ask(containers) == before, "the same engine"
+
+
+@needs_engine
 def test_only_nginx_is_reachable_and_users_are_not_root(containers: openai.OpenAI) -> None:
     published = docker("compose", "ps", "--format", "{{.Service}} {{.Ports}}")
     assert [line.split()[0] for line in published.splitlines() if "->" in line] == ["nginx"]

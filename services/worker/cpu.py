@@ -1,9 +1,27 @@
-"""vLLM's CPU worker, told to compute LoRA per adapter (`--worker-cls`). No vLLM file is changed."""
+"""vLLM's CPU worker as ours needs it (`--worker-cls`): nothing compiles lazily, LoRA per adapter. No vLLM file is changed."""
 
+import sys
+from types import FunctionType
 from typing import Any
 
 from vllm.platforms import current_platform
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+def never_compile() -> None:
+    """Run vLLM's small `@torch.compile` helpers as the Python they are.
+
+    Their first use would call a C++ compiler in front of every running request: 10 to 16 s where there is one, the end
+    of the engine where there is none (the container). One of them counts the ranks of `logprobs`.
+    """
+    type(current_platform).simple_compile_backend = "eager"  # for modules that come later
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("vllm."):
+            continue
+        for attribute, value in list(vars(module).items()):
+            raw = getattr(value, "_torchdynamo_orig_callable", None) if isinstance(value, FunctionType) else None
+            if raw is not None:
+                setattr(module, attribute, raw)
 
 
 class Worker(CPUWorker):  # type: ignore[misc]  # untyped
@@ -11,4 +29,5 @@ class Worker(CPUWorker):  # type: ignore[misc]  # untyped
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        never_compile()
         current_platform.get_punica_wrapper = lambda: "services.worker.punica.GroupedPunica"

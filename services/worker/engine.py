@@ -45,6 +45,7 @@ def command(settings: WorkerSettings) -> list[str]:
         "--middleware", MIDDLEWARE,
         "--enable-prompt-tokens-details",
         "--enable-auto-tool-choice", "--tool-call-parser", settings.tool_call_parser,
+        "--tool-strict-level", "parameter",  # a forced call's arguments fit the tool's schema, also where it is not `strict`
         "--allowed-media-domains", NO_MEDIA_DOMAIN,
         "--allowed-origins", "[]",
         "--disable-fastapi-docs",
@@ -63,7 +64,7 @@ def command(settings: WorkerSettings) -> list[str]:
         if settings.quantization:
             args += ["--quantization", settings.quantization]
     else:
-        args += ["--enforce-eager"]
+        args += ["--enforce-eager", "--worker-cls", "services.worker.cpu.Worker"]
     if settings.adapters_dir is not None and has_kv_blocks(settings.model):
         args += adapters(settings)
     if settings.kv_tier == "redis" and has_kv_blocks(settings.model):
@@ -73,13 +74,10 @@ def command(settings: WorkerSettings) -> list[str]:
 
 def adapters(settings: WorkerSettings) -> list[str]:
     """The flags that let adapters be loaded while the engine runs."""
-    args = [
+    return [
         "--enable-lora", "--max-loras", str(settings.max_loras), "--max-lora-rank", str(MAX_LORA_RANK),
         "--max-cpu-loras", str(max(settings.max_loras, KEPT_ADAPTERS)),
     ]  # fmt: skip
-    if settings.accelerator == "cpu":
-        args += ["--worker-cls", "services.worker.cpu.Worker"]
-    return args
 
 
 def shaping(settings: WorkerSettings) -> str:
