@@ -25,9 +25,9 @@ import openai
 
 from bench import peers
 from bench.mock_upstream import CHUNK
-from gateway.metering import Metering
-from gateway.registry import Heartbeat, Model
-from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, worker_key
+from common.metering.metered import Metering
+from common.redis.names import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, worker_key
+from common.workers import Heartbeat, Model
 from services.local.plan import ROOT, find_nginx
 from tests.harness import Stack, free_ports, running, wait_for
 from tests.up import MODEL, Up

@@ -19,27 +19,26 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
-from gateway import errors, logs
-from gateway.adapters import CHANNEL_ALIASES, AliasTable
+from common import errors, logs
+from common.aliases import AliasTable
+from common.asgi import Message, Receive, Scope, Send
+from common.auth import Authenticator, bearer
+from common.feed import Feed, load_workers
+from common.metering.meter import Meter
+from common.metering.metrics import RequestMetrics
+from common.problems import answer_api_error, answer_http_exception
+from common.recorder import Recorder
+from common.redis.connect import connect, connect_cache
+from common.redis.names import CHANNEL_ALIASES, CHANNEL_HELD, CHANNEL_KEYS, CHANNEL_WORKERS, HEARTBEAT_TTL_MS
+from common.routes import ROUTES
+from common.tasks import end_tasks
+from common.workers import Model, WorkerTable
 from gateway.answers import Answers
-from gateway.auth import Authenticator, bearer
-from gateway.decode import ROUTES
-from gateway.metering import Message, Meter, Receive, Scope, Send
-from gateway.metrics import GatewayMetrics, RequestMetrics
+from gateway.metrics import GatewayMetrics
 from gateway.path import HeldBack, RequestPath, name_request, send_error
-from gateway.records import Recorder
-from gateway.registry import Feed, Model, WorkerTable, load_workers, reap
+from gateway.registry import reap
 from gateway.relay import open_session
 from gateway.settings import Settings
-from gateway.store import (
-    CHANNEL_HELD,
-    CHANNEL_KEYS,
-    CHANNEL_WORKERS,
-    HEARTBEAT_TTL_MS,
-    connect,
-    connect_cache,
-    end_tasks,
-)
 
 if TYPE_CHECKING:
     from gateway.tracing import Tracing
@@ -150,7 +149,7 @@ def open_answers(settings: Settings, metrics: GatewayMetrics) -> Answers | None:
     """The answer cache, if it is on and there is a redis-cache."""
     if settings.answer_cache == "off" or not settings.cache_redis_url:
         return None
-    redis = connect_cache(settings)
+    redis = connect_cache(settings, settings.cache_redis_url)
     return Answers(redis, settings.cache_secret, settings.answer_ttl_s, settings.answer_max_bytes, metrics.answers)
 
 
@@ -265,22 +264,6 @@ def describe(model: Model) -> dict[str, object]:
         "id": model.id, "object": "model", "created": model.created, "owned_by": "owngpt",
         "max_model_len": model.max_model_len, "parent": model.parent,
     }
-
-
-async def answer_api_error(request: Request, error: Exception) -> Response:
-    """An exception handler: an ApiError in OpenAI's shape."""
-    assert isinstance(error, errors.ApiError)  # noqa: S101 - registered for it only
-    status, headers, body = errors.encode(error)
-    return Response(body, status, {name.decode(): value.decode() for name, value in headers})
-
-
-async def answer_http_exception(request: Request, error: Exception) -> Response:
-    """An exception handler: no such path, or not with this method."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for it only
-    path, method = request.scope["path"], request.method
-    if error.status_code == 405:
-        return await answer_api_error(request, errors.MethodNotAllowed(f"{path} does not take {method}."))
-    return await answer_api_error(request, errors.NotFound(f"There is nothing at {path}."))
 
 
 def create() -> Gateway:

@@ -9,16 +9,12 @@ from typing import Annotated
 
 import msgspec
 
-from gateway.errors import InvalidRequest, NotFound
+from common.errors import InvalidRequest, NotFound
+from common.metering.usage import StreamOptions
+from common.routes import ROUTES
 
 RawJson = msgspec.Raw
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-
-
-class StreamOptions(msgspec.Struct):
-    """`stream_options` of the OpenAI API."""
-
-    include_usage: bool | None = None
 
 
 class Ask(msgspec.Struct):
@@ -45,18 +41,6 @@ class Ask(msgspec.Struct):
     def prefix(self) -> bytes:
         """The bytes a prompt begins with, as sent (empty when there is none)."""
         return bytes(self.messages or self.prompt or self.input)
-
-
-ROUTES = {
-    "/v1/chat/completions": ("chat", ("messages",)),
-    "/v1/completions": ("completions", ("prompt",)),
-    "/v1/responses": ("responses", ("input",)),
-    "/v1/messages": ("messages", ("messages",)),
-    "/v1/embeddings": ("embeddings", ("input",)),
-    "/tokenize": ("tokenize", ("prompt", "messages")),
-    "/detokenize": ("detokenize", ()),
-}
-"""Public path -> (route label, fields of which one must be there). Every other path is not forwarded."""
 
 _decoder = msgspec.json.Decoder(Ask)
 _FIELD = re.compile(r"\$\.([A-Za-z_][\w.]*)")

@@ -9,7 +9,7 @@ Attack: Gu et al. 2025, "Auditing prompt caching in language model APIs", https:
 from hashlib import blake2b
 from typing import Literal
 
-from gateway.keys import ApiKey
+from common.keys import ApiKey
 
 
 class Scopes:

@@ -22,17 +22,25 @@ from typing import TYPE_CHECKING, NamedTuple
 import aiohttp
 from loguru import logger
 
-from gateway import attempts, errors, routing
-from gateway.adapters import AliasTable
-from gateway.answers import BYPASS, HEADER, Answers, Collecting, Question, ask_question, render, replay
-from gateway.auth import Authenticator, bearer
-from gateway.decode import ROUTES, Ask, decode
+from common import errors
+from common.aliases import AliasTable
+from common.answers.store import BYPASS, HEADER
+from common.asgi import Message, Receive, Scope, Send
+from common.auth import Authenticator, bearer
+from common.keys import ApiKey
+from common.metering.context import CONTEXT, TRACEPARENT
+from common.metering.meter import Meter
+from common.metering.metered import Metering
+from common.metering.rewrite import rewrite
+from common.records import ANSWER_CACHE, Record
+from common.routes import ROUTES
+from common.workers import Worker, WorkerTable
+from gateway import attempts, routing
+from gateway.answers import Answers, Collecting, render, replay
+from gateway.decode import Ask, decode
 from gateway.isolation import Scopes
-from gateway.keys import ApiKey
-from gateway.metering import CONTEXT, TRACEPARENT, Message, Meter, Metering, Receive, Scope, Send, rewrite
 from gateway.metrics import GatewayMetrics
-from gateway.records import Record
-from gateway.registry import Worker, WorkerTable
+from gateway.question import Question, ask_question
 from gateway.relay import Upstream
 from gateway.settings import Settings
 
@@ -45,8 +53,6 @@ PRIORITY = b"x-vllm-priority"
 """Batches send one; a client's is dropped, else everybody would be first."""
 _OURS = (b"x-request-id", PRIORITY, CONTEXT, TRACEPARENT)
 """What a client may send and a worker hears from us alone."""
-ANSWER_CACHE = "answer-cache"
-"""The worker's name in the record of an answer from memory."""
 
 HoldBack = Callable[[str], None]
 

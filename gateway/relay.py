@@ -9,8 +9,9 @@ import contextlib
 
 import aiohttp
 
-from gateway.errors import GatewayTimeout, UpstreamFailed, encode_parts
-from gateway.metering import CONTEXT, TRACEPARENT, Receive, Scope, Send
+from common.asgi import Receive, Scope, Send
+from common.errors import GatewayTimeout, UpstreamFailed, encode_parts
+from common.metering.context import CONTEXT, TRACEPARENT
 from gateway.settings import Settings
 
 _PASSED = {b"content-type", b"x-request-id", b"x-vllm-priority", CONTEXT, TRACEPARENT}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
-from gateway.registry import Worker
+from common.workers import Worker
 
 PREFIX_BYTES = (16384, 4096, 1024)
 """Prefix lengths compared, deepest first. A prompt shorter than the last has no preferred worker."""

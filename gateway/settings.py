@@ -8,47 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
-MIN_SECRET_CHARS = 24
-
-
-def read_secret(path: Path) -> str:
-    """The secret in a file.
-
-    Raises ValueError when the file is missing or the secret is shorter than MIN_SECRET_CHARS.
-    """
-    try:
-        secret = path.read_text().strip()
-    except OSError as error:
-        raise ValueError(f"cannot read the secret file {path}: {error.strerror}") from error
-    if len(secret) < MIN_SECRET_CHARS:
-        raise ValueError(f"the secret in {path} has {len(secret)} characters; at least {MIN_SECRET_CHARS} are needed")
-    return secret
-
-
-class StateSettings(BaseSettings):
-    """Where the state redis is: the part that gateway and workers share."""
-
-    model_config = SettingsConfigDict(frozen=True, extra="ignore")
-
-    redis_url: str = Field(
-        pattern=r"^(redis|rediss|unix)://", description="the state redis, without a password"
-    )
-    redis_user: str
-    redis_password_file: Path
-    log_level: str = "INFO"
-
-    @field_validator("redis_password_file")
-    @classmethod
-    def _readable(cls, path: Path) -> Path:
-        read_secret(path)
-        return path
-
-    @cached_property
-    def redis_password(self) -> str:
-        """The password in `redis_password_file`."""
-        return read_secret(self.redis_password_file)
+from common.settings import StateSettings, read_secret
 
 
 class Settings(StateSettings):

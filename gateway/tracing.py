@@ -12,7 +12,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from gateway.metering import TRACEPARENT, Scope
+from common.asgi import Scope
+from common.metering.context import TRACEPARENT
 
 _propagator = TraceContextTextMapPropagator()
 

@@ -10,7 +10,8 @@ run() {
     "$@" || { failed=1; echo "  FAILED: $*"; }
 }
 run ruff "$bin/ruff" check .
-run mypy "$bin/mypy" --strict gateway services monitoring bench
+run mypy "$bin/mypy" --strict common gateway services monitoring bench
+run "import contracts" "$bin/lint-imports" --no-cache
 run shellcheck "$bin/shellcheck" services/base/make.sh services/worker/install-cpu.sh services/local/install.sh \
     nginx/entrypoint.sh nginx/pool.sh services/redis/start.sh monitoring/alertmanager/start.sh tests/check.sh .ci/run .ci/docker.sh
 run "nginx: gixy and nginx -t" "$bin/python" -m tests.lint_nginx

@@ -18,9 +18,10 @@ import uvicorn
 from prometheus_client import REGISTRY, generate_latest
 from redis.exceptions import RedisError
 
-from gateway.metering import Receive, Scope, Send
-from gateway.registry import Heartbeat, Model
-from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, connect, worker_key
+from common.asgi import Receive, Scope, Send
+from common.redis.connect import connect
+from common.redis.names import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, worker_key
+from common.workers import Heartbeat, Model
 from services.worker.middleware import WORKER_ID, WorkerMiddleware
 from services.worker.settings import WorkerSettings
 

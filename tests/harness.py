@@ -16,8 +16,8 @@ import httpx
 import msgspec
 from redis import Redis
 
-from gateway.keys import ApiKey, make
-from gateway.store import api_key_key
+from common.keys import ApiKey, make
+from common.redis.names import api_key_key
 from services.local.plan import ROOT, Dials, Ports, cache_command, find_nginx, is_free, write_configs
 from services.local.state_server import find_redis
 from services.secrets.__main__ import make as make_secrets

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter
 
-from gateway import transcript
-from gateway.answers import HEADER, IGNORED, MAX_QUESTION_BYTES, Answers, Question, ask_question, render
+from common.answers import transcript
+from common.answers.store import HEADER
+from common.keys import make
+from common.metering.rewrite import rewrite
+from gateway.answers import Answers, render
 from gateway.decode import Ask, decode
 from gateway.isolation import Scopes
-from gateway.keys import make
-from gateway.metering import rewrite
+from gateway.question import IGNORED, MAX_QUESTION_BYTES, Question, ask_question
 from tests.harness import Stack, body, running, wait_for
 
 CHAT = "/v1/chat/completions"

@@ -8,12 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.adapters import Adapter, model_name, read_registry
+from common import dataset
+from common.adapters import Adapter, model_name, read_registry
+from common.files import is_id, new_id
+from services.jobs import check
 from services.jobs.files import clean_name, page
-from services.jobs.store import is_id, new_id
 from services.local.model import NAME, unpack
 from services.local.plan import ROOT
-from services.trainer import check, dataset, render
+from services.trainer import render
 from services.trainer.plan import Plan, resolve
 from services.trainer.run import split
 from services.worker import punica

@@ -9,7 +9,7 @@ import time
 import httpx
 import pytest
 
-from gateway.decode import ROUTES
+from common.routes import ROUTES
 from tests.harness import Stack, body
 
 CHAT = "/v1/chat/completions"
@@ -33,7 +33,7 @@ def test_no_key_and_bad_keys_get_the_same_401(shared: Stack) -> None:
 
 
 def test_a_well_formed_key_that_was_never_made_is_refused(shared: Stack) -> None:
-    from gateway.keys import make
+    from common.keys import make
 
     other, _ = make("nobody")
     assert httpx.post(shared.base + CHAT, json=body("say 1"), headers={"authorization": f"Bearer {other}"}).status_code == 401

@@ -40,7 +40,7 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
-from gateway.breaker import Breaker
+from common.breaker import Breaker
 from services.local.plan import cache_command
 from services.secrets.__main__ import make as make_secrets
 from services.worker import shm

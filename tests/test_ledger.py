@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.records import Record
-from gateway.registry import Heartbeat, Worker
-from gateway.store import connect
+from common.records import Record
+from common.redis.connect import connect
+from common.redis.names import cost_key, used_key
+from common.workers import Heartbeat, Worker
 from services.ledger import books, neighbours
-from services.ledger.books import ALL, KINDS, add_up, by_model, used_key
-from services.ledger.costs import MAX_GAP_S, Costs, cost_key
+from services.ledger.books import ALL, KINDS, add_up, by_model
+from services.ledger.costs import MAX_GAP_S, Costs
 from services.ledger.pulse import LastMinute, Speeds
 from services.ledger.settings import LedgerSettings
 from tests.harness import Stack, wait_for

@@ -20,7 +20,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from gateway.records import Record
+from common.records import Record
 from monitoring.boards import BOARDS
 from services.ledger.metrics import MAX_KEYS, LedgerMetrics
 from services.local.plan import ROOT

@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import ApiError, InvalidRequest
+from common.metering.metered import Metering
+from common.metering.rewrite import rewrite
+from common.records import Record
+from common.settings import read_secret
+from common.workers import Heartbeat, Model, Worker, WorkerTable
 from gateway import attempts, keys, routing
 from gateway.decode import decode
-from gateway.errors import ApiError, InvalidRequest
-from gateway.metering import Metering, rewrite
-from gateway.records import Record
-from gateway.registry import Heartbeat, Model, Worker, WorkerTable
-from gateway.settings import Settings, read_secret
+from gateway.settings import Settings
 from services.gpu_exporter.settings import ExporterSettings
 from services.jobs.settings import JobsSettings
 from services.ledger.settings import LedgerSettings

@@ -3,13 +3,13 @@
 import loguru._logger
 import prometheus_client
 
-import gateway.logs
+from common import logs
 
 
 def _nothing(*_: object, **__: object) -> None: ...
 
 
-gateway.logs.RequestLines.write = _nothing  # type: ignore[method-assign]
+logs.RequestLines.write = _nothing  # type: ignore[method-assign]
 loguru._logger.Logger._log = _nothing  # type: ignore[method-assign]
 prometheus_client.Counter.inc = _nothing  # type: ignore[method-assign]
 prometheus_client.Gauge.set = _nothing  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ import psutil
 from loguru import logger
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
-from gateway import logs
+from common import logs
 from services.gpu_exporter import host
 from services.gpu_exporter.nvml import Nvml, Unreachable
 from services.gpu_exporter.samples import Shown

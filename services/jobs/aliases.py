@@ -11,27 +11,12 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 from redis.asyncio import Redis
 
-from gateway import errors
-from gateway.adapters import ALIASES, CHANNEL_ALIASES, Alias, read_aliases
+from common import errors
+from common.aliases import Alias, read_aliases
+from common.redis.names import ALIASES, CHANNEL_ALIASES
+from common.redis.scripts import SWITCH
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-
-SWITCH = """
--- KEYS[1] the aliases; ARGV: name, owner, model ('': the previous one), now in s, channel
-local raw = redis.call('HGET', KEYS[1], ARGV[1])
-local alias = raw and cjson.decode(raw) or {name = ARGV[1], owner = ARGV[2], model = '', previous = ''}
-if alias.owner ~= ARGV[2] then return 'taken' end
-local model = ARGV[3]
-if model == '' then model = alias.previous end
-if model == '' then return 'none' end
-if model ~= alias.model then
-    alias.previous, alias.model, alias.changed_at = alias.model, model, tonumber(ARGV[4])
-end
-local text = cjson.encode(alias)
-redis.call('HSET', KEYS[1], ARGV[1], text)
-redis.call('PUBLISH', ARGV[5], text)
-return text
-"""
 
 
 class PutAlias(BaseModel):

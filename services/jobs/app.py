@@ -16,13 +16,17 @@ from redis.exceptions import RedisError
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
-from gateway import errors, logs
-from gateway.adapters import CHANNEL_ALIASES, AliasTable
-from gateway.auth import Authenticator
-from gateway.records import Recorder
-from gateway.registry import Feed, WorkerTable, load_workers
+from common import errors, logs
+from common.aliases import AliasTable
+from common.auth import Authenticator
+from common.feed import Feed, load_workers
+from common.recorder import Recorder
+from common.redis.connect import connect
+from common.redis.names import CHANNEL_ALIASES, CHANNEL_KEYS, CHANNEL_WORKERS
+from common.serving import Owner, exposition, make_api
+from common.tasks import end_tasks
+from common.workers import WorkerTable
 from gateway.relay import open_session
-from gateway.store import CHANNEL_KEYS, CHANNEL_WORKERS, connect, end_tasks
 from services.jobs.aliases import NAME, Aliases, PutAlias, public
 from services.jobs.asking import Asking
 from services.jobs.batches import Batches, CreateBatch
@@ -31,7 +35,6 @@ from services.jobs.metrics import JobsMetrics
 from services.jobs.pacing import Pacing
 from services.jobs.settings import JobsSettings
 from services.jobs.tuning import CreateJob, Tuning
-from services.serving import Owner, exposition, make_api
 
 MULTIPART_OVERHEAD_BYTES = 64 * 1024
 

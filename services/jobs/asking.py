@@ -11,15 +11,16 @@ import httpx
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
-from gateway import errors
-from gateway.adapters import AliasTable
-from gateway.auth import Authenticator
-from gateway.keys import ApiKey
-from gateway.metering import Meter
-from gateway.metrics import GatewayMetrics, RequestMetrics
+from common import errors
+from common.aliases import AliasTable
+from common.auth import Authenticator
+from common.keys import ApiKey
+from common.metering.meter import Meter
+from common.metering.metrics import RequestMetrics
+from common.recorder import Recorder
+from common.workers import WorkerTable
+from gateway.metrics import GatewayMetrics
 from gateway.path import HeldBack, RequestPath
-from gateway.records import Recorder
-from gateway.registry import WorkerTable
 from gateway.settings import Settings
 
 PRIORITY = b"100"

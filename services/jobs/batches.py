@@ -23,19 +23,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from gateway import errors
-from gateway.records import Record
-from gateway.store import USAGE, end_tasks
+from common import errors
+from common.files import File, is_id, new_id
+from common.jobstore import move_key, pack, unpack
+from common.records import Record
+from common.redis.names import BATCHES_ACTIVE, USAGE, batch_key, batches_key
+from common.tasks import end_tasks
 from services.jobs import lines
 from services.jobs.files import Files
 from services.jobs.metrics import JobsMetrics
 from services.jobs.results import EXPIRED, Result, Results, row
-from services.jobs.store import File, batch_key, batches_key, is_id, move_key, new_id, pack, unpack
 
 State = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]
-ACTIVE = "btactive"
 WINDOW_S = 24 * 3600
 MAX_TRIES = 4
 RETRY_S = 0.5
@@ -147,7 +148,7 @@ class Batches:
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hset(batch_key(batch.id), mapping=pack(msgspec.to_builtins(batch)))
             pipe.zadd(batches_key(owner), {batch.id: time.time()})
-            pipe.sadd(ACTIVE, batch.id)
+            pipe.sadd(BATCHES_ACTIVE, batch.id)
             await pipe.execute()
         self._begin(batch.id)
         return batch
@@ -178,7 +179,7 @@ class Batches:
 
     async def go_on(self) -> None:
         """Take up what a crash of this service interrupted."""
-        for batch_id in await self._redis.smembers(ACTIVE):
+        for batch_id in await self._redis.smembers(BATCHES_ACTIVE):
             self._begin(str(batch_id))
 
     async def close(self) -> None:
@@ -196,12 +197,12 @@ class Batches:
         while True:
             try:
                 await self._run(unpack(await self._redis.hgetall(batch_key(batch_id)), Batch))
-                await self._redis.srem(ACTIVE, batch_id)
+                await self._redis.srem(BATCHES_ACTIVE, batch_id)
                 return
             except (RedisError, OSError) as error:
                 logger.warning("a batch waits", batch=batch_id, error=str(error))
             except KeyError:
-                await self._redis.srem(ACTIVE, batch_id)
+                await self._redis.srem(BATCHES_ACTIVE, batch_id)
                 return
             except Exception:
                 logger.exception("a batch failed and starts again", batch=batch_id)

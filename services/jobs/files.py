@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 import msgspec
 from redis.asyncio import Redis
 
-from gateway import errors
-from services.jobs.store import File, Purpose, file_key, files_key, is_id, new_id
+from common import errors
+from common.files import File, Purpose, is_id, new_id
+from common.redis.names import file_key, files_key
 
 UPLOADS: tuple[Purpose, ...] = ("fine-tune", "batch")
 ORPHAN_S = 3600.0

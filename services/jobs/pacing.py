@@ -9,9 +9,9 @@ from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from gateway.records import BATCH_REQUEST, Record
-from gateway.registry import WorkerTable
-from gateway.store import USAGE
+from common.records import BATCH_REQUEST, Record
+from common.redis.names import USAGE
+from common.workers import WorkerTable
 from services.jobs.pace import REMEMBERED, Pace
 
 LOOK_EVERY_S = 0.1

@@ -22,29 +22,13 @@ from loguru import logger
 from pydantic import BaseModel, ConfigDict, Field
 from redis.asyncio import Redis
 
-from gateway import errors
-from gateway.adapters import ADAPTERS, read_registry
-from gateway.store import end_tasks
+from common import errors
+from common.adapters import read_registry
+from common.files import is_id, new_id
+from common.jobstore import FINISHED, MAX_EVENTS, Job, Status, event, invalid_file, move, pack, problem_events, unpack
+from common.redis.names import ADAPTERS, FT_QUEUE, checkpoints_key, events_key, job_key, jobs_key
+from common.tasks import end_tasks
 from services.jobs.files import Files
-from services.jobs.store import (
-    FINISHED,
-    FT_QUEUE,
-    MAX_EVENTS,
-    Job,
-    Status,
-    checkpoints_key,
-    event,
-    events_key,
-    invalid_file,
-    is_id,
-    job_key,
-    jobs_key,
-    move,
-    new_id,
-    pack,
-    problem_events,
-    unpack,
-)
 
 Auto = Literal["auto"]
 
@@ -282,9 +266,9 @@ class Tuning:
 
 
 async def run_check(paths: list[Path]) -> dict[str, Any]:
-    """`services.trainer.check` on files. Raises RuntimeError when it fails."""
+    """`services.jobs.check` on files. Raises RuntimeError when it fails."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.trainer.check", *map(str, paths), stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "services.jobs.check", *map(str, paths), stdout=asyncio.subprocess.PIPE
     )
     try:
         out, _ = await process.communicate()
@@ -292,5 +276,5 @@ async def run_check(paths: list[Path]) -> dict[str, Any]:
         process.kill()
         raise
     if process.returncode:
-        raise RuntimeError(f"services.trainer.check ended with {process.returncode}")
+        raise RuntimeError(f"services.jobs.check ended with {process.returncode}")
     return dict(json.loads(out))

@@ -11,17 +11,20 @@ from loguru import logger
 from prometheus_client import CollectorRegistry
 from redis.exceptions import RedisError
 
-from gateway import logs
-from gateway.auth import Authenticator
-from gateway.registry import Feed, WorkerTable, load_workers
-from gateway.store import CHANNEL_KEYS, CHANNEL_WORKERS, connect, end_tasks
+from common import logs
+from common.auth import Authenticator
+from common.feed import Feed, load_workers
+from common.redis.connect import connect
+from common.redis.names import CHANNEL_KEYS, CHANNEL_WORKERS
+from common.serving import Owner, exposition, make_api
+from common.tasks import end_tasks
+from common.workers import WorkerTable
 from services.ledger.books import ALL, Books, total
 from services.ledger.costs import Costs
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.neighbours import Neighbours
 from services.ledger.pulse import LastMinute, Speeds, describe
 from services.ledger.settings import LedgerSettings
-from services.serving import Owner, exposition, make_api
 
 RETRY_S = 1.0
 COST_EVERY_S = 5

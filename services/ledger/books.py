@@ -16,34 +16,20 @@ import msgspec
 from loguru import logger
 from redis.asyncio import Redis
 
-from gateway.records import Record
-from gateway.store import USAGE
+from common.records import Record
+from common.redis.names import LEDGER_CURSOR, USAGE, used_key
+from common.redis.scripts import APPLY
 
 ALL = "all"
 KINDS = ("requests", "failed", "prompt_tokens", "cached_tokens", "completion_tokens")
 KEPT_DAYS = 400
 ENTRIES_AT_ONCE = 500
 BLOCK_MS = 500
-CURSOR = "ledger:cursor"
 FAILED = frozenset({"upstream_error", "stream_error"})
 
 Entry = tuple[str, dict[str, str]]
 
-# KEYS[1] ledger:cursor  KEYS[2..] hashes ; ARGV[1] cursor expected, ARGV[2] new cursor, ARGV[3] seconds to keep,
-# then hash number, field, increment, three by three. Returns 1; 0 when the cursor is elsewhere and nothing is done.
-APPLY = """
-if (redis.call('GET', KEYS[1]) or '0-0') ~= ARGV[1] then return 0 end
-for i = 4, #ARGV, 3 do redis.call('HINCRBY', KEYS[tonumber(ARGV[i])], ARGV[i + 1], ARGV[i + 2]) end
-for i = 2, #KEYS do redis.call('EXPIRE', KEYS[i], ARGV[3]) end
-redis.call('SET', KEYS[1], ARGV[2])
-return 1
-"""
 _decode = msgspec.json.Decoder(Record).decode
-
-
-def used_key(day: date, key: str) -> str:
-    """Where one key's usage of one day is."""
-    return f"used:{day.isoformat()}:{key}"
 
 
 def today() -> date:
@@ -98,7 +84,7 @@ class Books:
 
     async def next_records(self) -> list[Record]:
         """Add up what came into the stream, and return it; waits up to BLOCK_MS. Raises RedisError: call again then."""
-        cursor = await self._redis.get(CURSOR) or "0-0"
+        cursor = await self._redis.get(LEDGER_CURSOR) or "0-0"
         read: Any = await self._redis.xread({USAGE: cursor}, count=ENTRIES_AT_ONCE, block=BLOCK_MS)
         entries: list[Entry] = read[0][1] if read else []
         if not entries:
@@ -110,7 +96,7 @@ class Books:
             for text in (str(number), field, str(count))
         ]
         applied = await self._redis.eval(
-            APPLY, 1 + len(sums), CURSOR, *sums, cursor, entries[-1][0], str(KEPT_DAYS * 86400), *changes
+            APPLY, 1 + len(sums), LEDGER_CURSOR, *sums, cursor, entries[-1][0], str(KEPT_DAYS * 86400), *changes
         )
         return records if applied else []
 

@@ -11,32 +11,15 @@ import time
 from calendar import monthrange
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 
 from redis.asyncio import Redis
 
+from common.redis.names import LEDGER_TICK, cost_key
+from common.redis.scripts import ACCRUE
 from services.ledger.books import KEPT_DAYS
 
 MAX_GAP_S = 300.0
-TICK = "ledger:tick"
-
-# KEYS[1] ledger:tick  KEYS[2] ledger:cost:{day}
-# ARGV[1] now, ARGV[2] USD a second, ARGV[3] longest gap, ARGV[4] seconds kept
-ACCRUE = """
-local last = tonumber(redis.call('GET', KEYS[1]) or ARGV[1])
-local passed = tonumber(ARGV[1]) - last
-if passed > 0 and passed <= tonumber(ARGV[3]) then
-  redis.call('INCRBYFLOAT', KEYS[2], string.format('%.9f', passed * tonumber(ARGV[2])))
-  redis.call('EXPIRE', KEYS[2], ARGV[4])
-end
-redis.call('SET', KEYS[1], ARGV[1])
-return passed
-"""
-
-
-def cost_key(day: date) -> str:
-    """Where the cost of a day is."""
-    return f"ledger:cost:{day.isoformat()}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +47,7 @@ class Costs:
         now = self._clock()
         day = datetime.fromtimestamp(now, UTC).date()
         await self._redis.eval(
-            ACCRUE, 2, TICK, cost_key(day), f"{now:.3f}", repr(self.hourly_usd / 3600), str(MAX_GAP_S),
+            ACCRUE, 2, LEDGER_TICK, cost_key(day), f"{now:.3f}", repr(self.hourly_usd / 3600), str(MAX_GAP_S),
             str(KEPT_DAYS * 86400),
         )
         days = [day.replace(day=number) for number in range(1, day.day + 1)]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from gateway.records import Record
+from common.records import Record
 from services.ledger.costs import Costs
 
 MAX_KEYS = 200

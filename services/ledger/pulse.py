@@ -4,9 +4,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from gateway.path import ANSWER_CACHE
-from gateway.records import Record
-from gateway.registry import Heartbeat, Worker
+from common.records import ANSWER_CACHE, Record
+from common.workers import Heartbeat, Worker
 from services.ledger.books import FAILED
 
 WINDOW_S = 60.0

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from gateway.settings import StateSettings
+from common.settings import StateSettings
 
 
 class LedgerSettings(StateSettings):

@@ -38,7 +38,6 @@ from services.local.plan import (
     supervisor_config,
     write_configs,
 )
-from services.secrets.__main__ import make as make_secrets
 
 WORKER_NEEDS_BYTES = 3_200_000_000
 """Resident memory of one CPU worker beside weights and KV blocks, with room to breathe (docs/log.md)."""
@@ -125,7 +124,10 @@ def prepare(dials: Dials, progress: Progress) -> Ports:
                 text = process.stderr.read() if process.stderr else ""
                 raise UserError(f"The bundled model could not be unpacked: {text.strip().splitlines()[-1:]}")
         progress.update(task, completed=20.0)
-    make_secrets(dials.secrets)
+    made = subprocess.run([sys.executable, "-m", "services.secrets", str(dials.secrets)], cwd=ROOT, capture_output=True,
+                          text=True, check=False)
+    if made.returncode:
+        raise UserError(made.stderr.strip())
     ports = pick_ports(dials)
     write_configs(dials, ports)
     return ports

@@ -52,8 +52,8 @@ def installed() -> dict[str, Server]:
 
     found = {}
     for program in [*programs, str(get_binary_path())]:
-        said = _VERSION.search(subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout)
-        if said:
+        out = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+        if said := _VERSION.search(out):
             found[program] = Server(said[1].lower(), (int(said[2]), int(said[3])))
     return found
 

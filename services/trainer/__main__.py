@@ -21,32 +21,24 @@ from pydantic import ValidationError
 from redis import Redis
 from redis.exceptions import RedisError
 
-from gateway import logs
-from gateway.adapters import ADAPTERS, Adapter, model_name, read_registry
-from services.jobs.store import (
+from common import logs
+from common.adapters import Adapter, model_name, read_registry
+from common.files import File, new_id
+from common.jobstore import LEASE_MS, MAX_EVENTS, Job, event, invalid_file, move, problem_events, unpack
+from common.redis.names import (
+    ADAPTERS,
     FT_QUEUE,
     FT_TAKEN,
-    LEASE_MS,
-    MAX_EVENTS,
-    File,
-    Job,
     checkpoints_key,
-    event,
     events_key,
     file_key,
     files_key,
-    invalid_file,
     job_key,
     lease_key,
-    move,
-    new_id,
-    problem_events,
-    unpack,
 )
 from services.trainer import metrics, publish
-from services.trainer.plan import Folder, Plan
+from services.trainer.plan import DATA_AT_FAULT, PAUSED, Folder, Plan
 from services.trainer.process import Run
-from services.trainer.run import DATA_AT_FAULT, PAUSED
 from services.trainer.settings import TrainerSettings
 
 POLL_S = 0.2

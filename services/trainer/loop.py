@@ -19,9 +19,17 @@ from transformers import (
     set_seed,
 )
 
-from services.trainer.plan import Folder, Hyperparameters, Plan, learning_rate
+from services.trainer.events import Events
+from services.trainer.plan import (
+    COMPLETE,
+    MAX_STEPS_BETWEEN_CHECKPOINTS,
+    PATIENCE_EVALS,
+    Folder,
+    Hyperparameters,
+    Plan,
+    learning_rate,
+)
 from services.trainer.render import IGNORED, Encoded
-from services.trainer.run import COMPLETE, MAX_STEPS_BETWEEN_CHECKPOINTS, PATIENCE_EVALS, Events
 
 
 def computes_bf16() -> bool:

@@ -12,6 +12,12 @@ STEPS_AIMED_AT = 180
 EPOCHS = (3, 10)
 VALIDATION_SHARE = 0.1
 VALIDATION_ROWS = (5, 200)
+PATIENCE_EVALS = 3
+MAX_STEPS_BETWEEN_CHECKPOINTS = 200
+DATA_AT_FAULT, PAUSED = 3, 75
+"""How a run's process ends when it is not 0."""
+COMPLETE = "complete"
+"""The file that says a checkpoint folder was written to its end."""
 
 
 class Lora(msgspec.Struct, frozen=True):

@@ -12,9 +12,9 @@ import httpx
 import msgspec
 from redis import Redis
 
-from gateway.adapters import ADAPTERS, Adapter
-from gateway.registry import Heartbeat
-from gateway.store import WORKERS, worker_key
+from common.adapters import Adapter
+from common.redis.names import ADAPTERS, WORKERS, worker_key
+from common.workers import Heartbeat
 
 WORKER_PATIENCE_S = 300.0
 LOAD_PATIENCE_S = 60.0

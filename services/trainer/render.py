@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from services.trainer.dataset import Dataset, Example, Problem
+from common.dataset import Dataset, Example, Problem
 
 IGNORED = -100
 """The label that PyTorch's cross entropy leaves out."""

@@ -8,8 +8,6 @@ an unbroken run: order, dropout, optimizer and schedule are part of a checkpoint
 import fcntl
 import hashlib
 import importlib.metadata
-import json
-import os
 import platform
 import random
 import shutil
@@ -20,8 +18,13 @@ from typing import Any
 
 import msgspec
 
-from services.trainer import dataset, render
+from common import dataset
+from services.trainer import render
+from services.trainer.events import Events
 from services.trainer.plan import (
+    COMPLETE,
+    DATA_AT_FAULT,
+    PAUSED,
     VALIDATION_ROWS,
     VALIDATION_SHARE,
     Folder,
@@ -32,27 +35,8 @@ from services.trainer.plan import (
     write_json,
 )
 
-DATA_AT_FAULT = 3
-PAUSED = 75
-PATIENCE_EVALS = 3
-MAX_STEPS_BETWEEN_CHECKPOINTS = 200
 MAX_REPORTED = 1000
 PROMPTS_COMPARED = 16
-COMPLETE = "complete"
-"""The file that says a checkpoint folder was written to its end."""
-
-
-class Events:
-    """What a run says, one JSON object a line."""
-
-    def __init__(self) -> None:
-        self._out = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(2, 1)  # whatever libraries print is no event
-
-    def say(self, kind: str, **fields: object) -> None:
-        """`kind`: message, metrics, checkpoint, resolved, data, rejected, done."""
-        self._out.write(json.dumps({"kind": kind, **fields}) + "\n")
-
 
 def read(path: Path, **limits: int) -> dataset.Dataset:
     """A file's examples and problems."""

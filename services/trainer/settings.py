@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from gateway.settings import StateSettings, read_secret
+from common.settings import StateSettings, read_secret
 
 
 class TrainerSettings(StateSettings):

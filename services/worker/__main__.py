@@ -24,10 +24,12 @@ from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from gateway import logs
-from gateway.adapters import ADAPTERS, Adapter, read_registry
-from gateway.registry import Heartbeat, Model, State
-from gateway.store import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, connect, end_tasks, worker_key
+from common import logs
+from common.adapters import Adapter, read_registry
+from common.redis.connect import connect
+from common.redis.names import ADAPTERS, CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, worker_key
+from common.tasks import end_tasks
+from common.workers import Heartbeat, Model, State
 from services.worker import engine, identity, shm
 from services.worker.middleware import LOAD_PATH, WORKER_ID
 from services.worker.settings import WorkerSettings

@@ -1,4 +1,4 @@
-"""vLLM's CPU worker as ours needs it (`--worker-cls`): nothing compiles lazily, LoRA per adapter. No vLLM file is changed."""
+"""vLLM's CPU worker (`--worker-cls`): nothing compiles lazily, LoRA per adapter. No vLLM file is changed."""
 
 import sys
 from types import FunctionType

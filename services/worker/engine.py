@@ -45,7 +45,7 @@ def command(settings: WorkerSettings) -> list[str]:
         "--middleware", MIDDLEWARE,
         "--enable-prompt-tokens-details",
         "--enable-auto-tool-choice", "--tool-call-parser", settings.tool_call_parser,
-        "--tool-strict-level", "parameter",  # a forced call's arguments fit the tool's schema, also where it is not `strict`
+        "--tool-strict-level", "parameter",  # forced calls fit their schema, strict or not
         "--allowed-media-domains", NO_MEDIA_DOMAIN,
         "--allowed-origins", "[]",
         "--disable-fastapi-docs",

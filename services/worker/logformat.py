@@ -12,7 +12,7 @@ class JsonFormatter(logging.Formatter):
     """One line, whatever is in the message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The keys of `gateway/logs.py`, and the logger's name."""
+        """The keys of `common/logs.py`, and the logger's name."""
         line = {
             "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(), "event": record.getMessage(), "service": "engine", "logger": record.name,

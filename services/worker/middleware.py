@@ -8,12 +8,13 @@ from prometheus_client import REGISTRY
 from prometheus_client.openmetrics.exposition import ALLOWUTF8, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import logs
-from gateway.errors import Unauthorized, encode
-from gateway.metering import Meter, Metering
-from gateway.metrics import RequestMetrics
-from gateway.records import Recorder
-from gateway.store import connect
+from common import logs
+from common.errors import Unauthorized, encode
+from common.metering.meter import Meter
+from common.metering.metered import Metering
+from common.metering.metrics import RequestMetrics
+from common.recorder import Recorder
+from common.redis.connect import connect
 from services.worker import times
 from services.worker.settings import WorkerSettings
 

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from gateway.settings import StateSettings, read_secret
+from common.settings import StateSettings, read_secret
 
 
 class WorkerSettings(StateSettings):

@@ -6,7 +6,7 @@ the process where our middleware lives.
 
 from collections import OrderedDict
 
-from gateway.records import Record
+from common.records import Record
 
 Parts = tuple[float, float, float]
 MAX_KEPT = 4096

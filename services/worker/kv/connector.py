@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
-from gateway import logs
+from common import logs
 from services.worker import identity
 from services.worker.kv.block import Layout
 from services.worker.kv.tier import Adapter, RedisTier

@@ -38,7 +38,7 @@ from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from gateway.breaker import Breaker
+from common.breaker import Breaker
 from services.worker import shm
 from services.worker.kv import metrics
 from services.worker.kv.block import HEADER, SEEN_PREFIX, Sealer

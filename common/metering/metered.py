@@ -8,32 +8,22 @@ can still be replaced), replaces an engine's error texts with ours, and leaves o
 Per streamed chunk it scans for three byte patterns and reads no clock; the budget is 5 microseconds.
 """
 
-import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from hashlib import blake2b
-from typing import Any
 
 import msgspec
 from loguru import logger
 
-from gateway import logs
-from gateway.decode import ROUTES, StreamOptions
-from gateway.errors import ApiError, UpstreamFailed, encode_parts
-from gateway.metrics import RequestMetrics
-from gateway.records import Record, Recorder
+from common.asgi import App, Message, Receive, Scope, Send
+from common.errors import ApiError, UpstreamFailed, encode_parts
+from common.metering.context import CONTEXT, TRACEPARENT
+from common.metering.engine_errors import engine_message
+from common.metering.meter import Meter
+from common.metering.rewrite import rewrite
+from common.metering.usage import StreamOptions, decode_carrier, only_usage
+from common.records import Record
+from common.routes import ROUTES
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-CONTEXT = b"x-owngpt-context"
-"""Header from the gateway: `{key id} {attempt} {salt} {µs it took to choose}`; the salt is the key's cache scope's."""
-TRACEPARENT = b"traceparent"
-"""W3C Trace Context: `00-{trace id}-{span id}-{flags}`; there when the gateway traces."""
 MAX_ERROR_BYTES = 64 * 1024
 _USAGE_ROUTES = ("chat", "completions")
 _SALTED_ROUTES = ("chat", "completions", "responses", "messages", "embeddings")
@@ -57,82 +47,7 @@ class _Wants(msgspec.Struct):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    """`usage` as chat, completions, responses and messages spell it."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    input_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None
-
-
-class _Holder(msgspec.Struct):
-    usage: _Usage | None = None
-
-
-class _Carrier(msgspec.Struct):
-    """Whatever carries usage: a body, a chunk, or an event with the object inside."""
-
-    usage: _Usage | None = None
-    response: _Holder | None = None
-    message: _Holder | None = None
-    count: int | None = None
-
-
-_PYDANTIC = re.compile(r"validation error.*?'loc': '([^']*)', 'msg': ['\"]([^'\"]*)", re.S)
-"""The first problem in vLLM's list of pydantic errors; the rest repeats it for other message classes."""
-
 _decode_wants = msgspec.json.Decoder(_Wants).decode
-_decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_NULL = msgspec.Raw(b"null")
-_decode_carrier = msgspec.json.Decoder(_Carrier).decode
-
-
-Times = Callable[[Record], tuple[float, float, float] | None]
-"""The engine's seconds in queue, prefill and decode of a request that it finished."""
-
-
-class Meter:
-    """Where records go: redis, the log, the metrics. One per process."""
-
-    def __init__(
-        self, recorder: Recorder, metrics: RequestMetrics, base_models: Callable[[], frozenset[str]],
-        times: Times = lambda _: None,
-    ) -> None:
-        self._recorder = recorder
-        self._times = times
-        self._metrics = metrics
-        self._base_models = base_models
-        self.in_flight = self.interactive = 0
-        """Requests here now, and those of them that are no batch's."""
-
-    def begin(self, record: Record) -> None:
-        """A request arrived."""
-        self.in_flight += 1
-        self.interactive += record.interactive
-        if record.model not in self._base_models():
-            record.adapter = record.model
-        self._recorder.begin(record)
-
-    def end(self, record: Record) -> None:
-        """It ended: one stream entry, one observation, one log line."""
-        self.in_flight -= 1
-        if (times := self._times(record)) is not None:
-            record.queue_s, record.prefill_s, record.decode_s = (round(s, 6) for s in times)
-        self.interactive -= record.interactive
-        self._recorder.end(record)
-        self._metrics.observe(record)
-        self._metrics.dropped.set(self._recorder.dropped)
-        good = record.outcome in ("ok", "cancelled", "client_error")
-        logs.requests.write("info" if good else "warning", record)
 
 
 class Metering:
@@ -337,7 +252,7 @@ class _Metered:
 
     def _take_usage(self, data: bytes) -> None:
         try:
-            carrier = _decode_carrier(data)
+            carrier = decode_carrier(data)
         except msgspec.MsgspecError:
             return
         record = self.record
@@ -389,7 +304,7 @@ class _Metered:
         self.start_sent = True
         self.finished = True
         self.record.status = status
-        message, param = _engine_message(body)
+        message, param = engine_message(body)
         if status >= 500:
             refused = status == 503
             parts = encode_parts(
@@ -411,58 +326,3 @@ class _Metered:
             {"type": "http.response.start", "status": status, "headers": [*headers, *self._explained()]}
         )
         await self._send({"type": "http.response.body", "body": out, "more_body": False})
-
-
-def rewrite(body: bytes, *, usage: bool, salt: str = "", model: str = "") -> bytes:
-    """The body with `stream_options.include_usage` true, a `cache_salt`, another model: whichever is asked for.
-
-    Every other value keeps its very bytes.
-
-    A client's own `cache_salt` divides its scope further; it never leads out of it. What is no JSON object is left to
-    the engine to refuse.
-    """
-    try:
-        document = _decode_raw(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return body
-    if usage:
-        options = document.get("stream_options", _NULL)
-        document["stream_options"] = msgspec.Raw(msgspec.json.encode(
-            {**(_decode_raw(options) if options != _NULL else {}), "include_usage": True}
-        ))
-    if salt:
-        own = document.get("cache_salt", _NULL)
-        if own != _NULL:
-            salt = blake2b(bytes(own), digest_size=16, key=salt.encode()).hexdigest()
-        document["cache_salt"] = msgspec.Raw(b'"%s"' % salt.encode())
-    if model:
-        document["model"] = msgspec.Raw(msgspec.json.encode(model))
-    return msgspec.json.encode(document)
-
-
-def only_usage(event: bytes) -> bool:
-    """Whether an SSE event is the one that holds nothing but usage."""
-    return b'"choices":[]' in event and b'"usage":{' in event
-
-
-def _engine_message(body: bytes) -> tuple[str, str | None]:
-    """Message and field of an engine's error body (OpenAI's, Anthropic's or FastAPI's shape)."""
-    try:
-        document = msgspec.json.decode(body)
-    except msgspec.MsgspecError:
-        return "", None
-    error = document.get("error", document) if isinstance(document, dict) else {}
-    if not isinstance(error, dict):
-        return "", None
-    message, param = error.get("message") or error.get("detail"), error.get("param")
-    text = message if isinstance(message, str) else ""
-    if (found := _PYDANTIC.search(text[:8000])) is not None:
-        field = _field(found[1])
-        return f"{field}: {found[2]}.", field
-    return text[:2000], param if isinstance(param, str) else None
-
-
-def _field(location: str) -> str:
-    """`body.messages.0.ChatCompletionUserMessageParam.content` as the client wrote it: `messages.0.content`."""
-    parts = [part for part in location.split(".") if not part[:1].isupper()]
-    return ".".join(parts[1:] if parts[:1] == ["body"] else parts)

@@ -1,58 +1,21 @@
-"""What is kept in redis about files and fine-tuning jobs, for the jobs service (async) and the trainer (sync).
-
-file:{id}            string, JSON `File`
-files:{owner}        sorted set of file ids by creation          an owner is an API key's id
-ftjob:{id}           hash, the fields of `Job`                    changed by `MOVE` and `TOUCH` only
-ftjobs:{owner}       sorted set of job ids by creation
-ftqueue, fttaken     lists of job ids: waiting, and taken by a trainer
-ftlease:{id}         string with a TTL: a trainer works on it
-ftevents:{id}        list of JSON events, oldest first
-ftcheckpoints:{id}   list of JSON checkpoints, oldest first
-"""
+"""Fine-tuning jobs as the jobs service (async) and the trainer (sync) both see them: types, and how they are stored."""
 
 import json
-import re
-import secrets
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-FT_QUEUE = "ftqueue"
-FT_TAKEN = "fttaken"
+from common.files import new_id
+from common.redis.names import job_key
+from common.redis.scripts import MOVE
+
 LEASE_MS = 15_000
 MAX_EVENTS = 20_000
 MAX_ERROR_EVENTS = 1000
-
-Purpose = Literal["fine-tune", "batch", "batch_output", "fine-tune-results"]
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 FINISHED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
-
-_ID = re.compile(r"[a-z]{2,12}-[0-9a-f]{24}")
-
-
-class File(msgspec.Struct):
-    """An uploaded or produced file. Its bytes are FILES_DIR/{id}."""
-
-    id: str
-    owner: str
-    filename: str
-    purpose: Purpose
-    bytes: int
-    created_at: int
-
-    def public(self) -> dict[str, object]:
-        """In OpenAI's shape."""
-        return {
-            "id": self.id,
-            "object": "file",
-            "bytes": self.bytes,
-            "created_at": self.created_at,
-            "filename": self.filename,
-            "purpose": self.purpose,
-            "status": "processed",
-        }
 
 
 class Job(msgspec.Struct, kw_only=True):
@@ -104,61 +67,6 @@ class Job(msgspec.Struct, kw_only=True):
         }
 
 
-def new_id(kind: str) -> str:
-    """An id that is also a safe file name."""
-    return f"{kind}-{secrets.token_hex(12)}"
-
-
-def is_id(text: str, kind: str) -> bool:
-    """Whether a client's text has the shape of our ids of this kind; nothing else ever becomes a path or a key."""
-    return text.startswith(kind + "-") and _ID.fullmatch(text) is not None
-
-
-def file_key(file_id: str) -> str:
-    """Where a file's record lives."""
-    return f"file:{file_id}"
-
-
-def files_key(owner: str) -> str:
-    """Where an owner's files are listed."""
-    return f"files:{owner}"
-
-
-def job_key(job_id: str) -> str:
-    """Where a job lives."""
-    return f"ftjob:{job_id}"
-
-
-def jobs_key(owner: str) -> str:
-    """Where an owner's jobs are listed."""
-    return f"ftjobs:{owner}"
-
-
-def batch_key(batch_id: str) -> str:
-    """Where a batch lives."""
-    return f"bt:{batch_id}"
-
-
-def batches_key(owner: str) -> str:
-    """Where an owner's batches are listed."""
-    return f"bts:{owner}"
-
-
-def lease_key(job_id: str) -> str:
-    """Held by the trainer that works on a job."""
-    return f"ftlease:{job_id}"
-
-
-def events_key(job_id: str) -> str:
-    """Where a job's events are."""
-    return f"ftevents:{job_id}"
-
-
-def checkpoints_key(job_id: str) -> str:
-    """Where a job's checkpoints are."""
-    return f"ftcheckpoints:{job_id}"
-
-
 def pack(fields: dict[str, Any]) -> dict[Any, Any]:
     """A job's fields as redis stores them: JSON, but `status` and `wish` plain, for the scripts to compare."""
     return {name: value if name in ("status", "wish") else json.dumps(value) for name, value in fields.items()}
@@ -172,16 +80,6 @@ def unpack(raw: Mapping[Any, Any], kind: type[Kind]) -> Kind:
     if not raw:
         raise KeyError("there is no such thing in redis")
     return msgspec.convert({n: v if n in ("status", "wish") else json.loads(v) for n, v in raw.items()}, kind)
-
-
-MOVE = """
--- KEYS[1] the job; ARGV[1] the states it may be in, each between bars; ARGV[2..] fields and values to set
-local status = redis.call('HGET', KEYS[1], 'status')
-if not status then return '' end
-if not string.find(ARGV[1], '|' .. status .. '|', 1, true) then return status end
-redis.call('HSET', KEYS[1], unpack(ARGV, 2))
-return 'ok'
-"""
 
 
 def move_key(key: str, allowed: Iterable[str], **fields: Any) -> tuple[Any, ...]:

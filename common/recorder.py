@@ -12,100 +12,22 @@ import contextlib
 import secrets
 from collections import deque
 from itertools import islice
-from typing import Literal
 
 import msgspec
 from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from gateway.store import USAGE, USAGE_MAX_ENTRIES, batch_key, running_key
+from common.records import Record
+from common.redis.names import USAGE, USAGE_MAX_ENTRIES, flushed_key, running_key
+from common.redis.scripts import FLUSH
 
 FLUSH_INTERVAL_S = 0.05
 RETRY_S = 1.0
 MAX_UNWRITTEN = 20_000
 
-Outcome = Literal[
-    "ok",
-    "client_error",  # the worker answered 4xx
-    "cancelled",  # the client left
-    "refused",  # the worker answered 503 and ran nothing
-    "upstream_error",  # the worker failed before the first byte
-    "stream_error",  # 200 was sent, then the stream broke
-]
-
-
-BATCH_REQUEST = "batch-"
-"""How the request ids of batches begin: work that can wait."""
-
-
-class Record(msgspec.Struct):
-    """One request on one worker. Times are seconds; `started_at` is Unix time; tokens are counts."""
-
-    id: str
-    """Ours, unique; `request_id` may be a client's and come twice."""
-    request_id: str
-    key: str
-    model: str
-    route: str
-    worker: str
-    started_at: float
-    adapter: str = ""
-    stream: bool = False
-    attempt: int = 1
-    outcome: Outcome = "upstream_error"
-    status: int = 0
-    finish_reason: str = ""
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
-    completion_tokens: int | None = None
-    tokens_estimated: bool = False
-    trace_id: str = ""
-    """Empty: nobody traces."""
-    decision_s: float | None = None
-    """What the gateway took to choose."""
-    ttft_s: float | None = None
-    queue_s: float | None = None
-    """In the engine's queue; with `prefill_s` and `decode_s` what the engine itself says of a finished request."""
-    prefill_s: float | None = None
-    decode_s: float | None = None
-    duration_s: float = 0.0
-
-    @property
-    def interactive(self) -> bool:
-        """Whether somebody waits for it: not a batch's."""
-        return not self.request_id.startswith(BATCH_REQUEST)
-
 
 _encode = msgspec.json.Encoder().encode
-
-# KEYS[1] worker:{id}  KEYS[2] running:{id}  KEYS[3] workers  KEYS[4] usage ; ARGV[1] id  ARGV[2] max entries
-# Returns how many requests were lost, or -1 when the worker is alive.
-REAP = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return -1 end
-local left = redis.call('HVALS', KEYS[2])
-for _, record in ipairs(left) do
-  redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[2], '*', 'r', record)
-end
-redis.call('DEL', KEYS[2])
-redis.call('SREM', KEYS[3], ARGV[1])
-return #left
-"""
-
-
-# KEYS[1] usage  KEYS[2] batch:{id} ; ARGV[1] seconds to remember the batch, ARGV[2] max entries, ARGV[3] how many
-# begun, then for each begun request and then for each ended one: running:{worker}, record id, record.
-# A batch is applied once, however often it is sent: a timeout does not tell whether redis ran it.
-FLUSH = """
-if not redis.call('SET', KEYS[2], '1', 'NX', 'EX', ARGV[1]) then return 0 end
-local ended_from = 4 + 3 * tonumber(ARGV[3])
-for i = 4, ended_from - 1, 3 do redis.call('HSET', ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
-for i = ended_from, #ARGV, 3 do
-  redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'r', ARGV[i + 2])
-  redis.call('HDEL', ARGV[i], ARGV[i + 1])
-end
-return 1
-"""
 BATCH_REMEMBERED_S = 3600
 MAX_BATCH = 500
 
@@ -172,7 +94,7 @@ class Recorder:
         args = [str(BATCH_REMEMBERED_S), str(USAGE_MAX_ENTRIES), str(len(fresh))]
         for record in [*[self._begun[at] for at in fresh], *ended]:
             args += [running_key(record.worker), record.id, _encode(record).decode()]
-        return batch_key(f"{self._name}:{self._batches}"), fresh, len(ended), args
+        return flushed_key(f"{self._name}:{self._batches}"), fresh, len(ended), args
 
     async def close(self) -> None:
         """Stop the background task after the batch it is at, and write the rest."""

@@ -14,10 +14,10 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 
-from gateway import errors
-from gateway.app import answer_api_error, answer_http_exception
-from gateway.auth import bearer
-from gateway.keys import ApiKey
+from common import errors
+from common.auth import bearer
+from common.keys import ApiKey
+from common.problems import answer_api_error, answer_http_exception, answer_invalid
 
 
 def make_api(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
@@ -47,17 +47,6 @@ Owner = Annotated[str, Depends(owner)]
 def exposition(registry: CollectorRegistry) -> Response:
     """Prometheus text. nginx does not let it out."""
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-
-async def answer_invalid(request: Request, error: Exception) -> Response:
-    """Pydantic's complaint in OpenAI's shape: the first field, all of them in the text."""
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it only
-    problems = [
-        (".".join(str(p) for p in e["loc"] if p not in ("body", "query")), e["msg"], e.get("input"))
-        for e in error.errors()
-    ]
-    text = "; ".join(f"{name or 'body'}: {message} (got {str(value)[:100]!r})" for name, message, value in problems)
-    return await answer_api_error(request, errors.InvalidRequest(text, param=problems[0][0] or None))
 
 
 def serve(name: str, description: str) -> None:

@@ -14,9 +14,9 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from gateway.errors import Unauthorized, Unavailable
-from gateway.keys import ApiKey, key_id_of, matches
-from gateway.store import api_key_key
+from common.errors import Unauthorized, Unavailable
+from common.keys import ApiKey, key_id_of, matches
+from common.redis.names import api_key_key
 
 CACHE_S = 30.0
 GRACE_S = 3600.0

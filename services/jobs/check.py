@@ -1,4 +1,4 @@
-"""Checks training files without a tokenizer: `python -m services.trainer.check TRAINING [VALIDATION]`.
+"""Checks training files without a tokenizer: `python -m services.jobs.check TRAINING [VALIDATION]`.
 
 Prints one JSON object: {"problems": [{"param", "line", "path", "code", "message"}], "summary", "warnings"}.
 A process of its own: half a gigabyte of JSON would hold up whoever else lives in this one.
@@ -8,7 +8,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from services.trainer import dataset
+from common import dataset
 
 MAX_SHOWN = 20
 

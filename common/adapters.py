@@ -13,11 +13,7 @@ from typing import Any
 
 import msgspec
 from loguru import logger
-from redis.asyncio import Redis
 
-ADAPTERS = "adapters"
-ALIASES = "aliases"
-CHANNEL_ALIASES = "aliases"
 _FOLDER = re.compile(r"ftjob-[0-9a-f]{24}")
 
 
@@ -53,40 +49,3 @@ def read_registry(raw: Mapping[Any, Any]) -> dict[str, Adapter]:
         if adapter.name == name and _FOLDER.fullmatch(adapter.folder):
             found[name] = adapter
     return found
-
-
-class Alias(msgspec.Struct, frozen=True):
-    """A name that stands for a model, and the model it stood for before (empty: none)."""
-
-    name: str
-    owner: str
-    """The API key that made it; only this key changes it."""
-    model: str
-    """Empty in the message that says it is gone."""
-    previous: str
-    changed_at: int = 0
-
-
-def read_aliases(raw: Mapping[Any, Any]) -> dict[str, Alias]:
-    """The aliases by name."""
-    return {name: msgspec.json.decode(text, type=Alias) for name, text in raw.items()}
-
-
-class AliasTable:
-    """What every alias stands for, kept in memory; changes come over CHANNEL_ALIASES."""
-
-    def __init__(self) -> None:
-        self.targets: dict[str, str] = {}
-
-    def take(self, raw: str | bytes) -> None:
-        """Take in one change."""
-        alias = msgspec.json.decode(raw, type=Alias)
-        if alias.model:
-            self.targets[alias.name] = alias.model
-        else:
-            self.targets.pop(alias.name, None)
-
-    async def load(self, redis: Redis) -> None:
-        """Read them all."""
-        known = read_aliases(await redis.hgetall(ALIASES))
-        self.targets = {name: alias.model for name, alias in known.items()}

@@ -1,0 +1,46 @@
+"""Where a request is begun and ended."""
+
+from collections.abc import Callable
+
+from common import logs
+from common.metering.metrics import RequestMetrics
+from common.recorder import Recorder
+from common.records import Record
+
+Times = Callable[[Record], tuple[float, float, float] | None]
+"""The engine's seconds in queue, prefill and decode of a request that it finished."""
+
+
+class Meter:
+    """Where records go: redis, the log, the metrics. One per process."""
+
+    def __init__(
+        self, recorder: Recorder, metrics: RequestMetrics, base_models: Callable[[], frozenset[str]],
+        times: Times = lambda _: None,
+    ) -> None:
+        self._recorder = recorder
+        self._times = times
+        self._metrics = metrics
+        self._base_models = base_models
+        self.in_flight = self.interactive = 0
+        """Requests here now, and those of them that are no batch's."""
+
+    def begin(self, record: Record) -> None:
+        """A request arrived."""
+        self.in_flight += 1
+        self.interactive += record.interactive
+        if record.model not in self._base_models():
+            record.adapter = record.model
+        self._recorder.begin(record)
+
+    def end(self, record: Record) -> None:
+        """It ended: one stream entry, one observation, one log line."""
+        self.in_flight -= 1
+        if (times := self._times(record)) is not None:
+            record.queue_s, record.prefill_s, record.decode_s = (round(s, 6) for s in times)
+        self.interactive -= record.interactive
+        self._recorder.end(record)
+        self._metrics.observe(record)
+        self._metrics.dropped.set(self._recorder.dropped)
+        good = record.outcome in ("ok", "cancelled", "client_error")
+        logs.requests.write("info" if good else "warning", record)

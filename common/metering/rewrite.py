@@ -1,0 +1,35 @@
+"""Changes to a request's body that leave every other value as it was."""
+
+from hashlib import blake2b
+
+import msgspec
+
+decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+NULL = msgspec.Raw(b"null")
+
+
+def rewrite(body: bytes, *, usage: bool, salt: str = "", model: str = "") -> bytes:
+    """The body with `stream_options.include_usage` true, a `cache_salt`, another model: whichever is asked for.
+
+    Every other value keeps its very bytes.
+
+    A client's own `cache_salt` divides its scope further; it never leads out of it. What is no JSON object is left to
+    the engine to refuse.
+    """
+    try:
+        document = decode_raw(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return body
+    if usage:
+        options = document.get("stream_options", NULL)
+        document["stream_options"] = msgspec.Raw(msgspec.json.encode(
+            {**(decode_raw(options) if options != NULL else {}), "include_usage": True}
+        ))
+    if salt:
+        own = document.get("cache_salt", NULL)
+        if own != NULL:
+            salt = blake2b(bytes(own), digest_size=16, key=salt.encode()).hexdigest()
+        document["cache_salt"] = msgspec.Raw(b'"%s"' % salt.encode())
+    if model:
+        document["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(document)

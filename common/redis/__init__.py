@@ -1,0 +1,1 @@
+"""The two redis servers: every name, every script, how to connect."""

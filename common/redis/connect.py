@@ -1,0 +1,39 @@
+"""Clients of both redis servers."""
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from common.settings import StateSettings
+
+
+def connect(settings: StateSettings, *, timeout_s: float | None = 1.0) -> Redis:
+    """A client of the state redis; `timeout_s` bounds every connect and command (None: wait, for subscriptions)."""
+    # A half-open TCP connection is noticed by keepalive; a unix socket has none.
+    tcp = {} if settings.redis_url.startswith("unix") else {"socket_keepalive": True}
+    return Redis.from_url(
+        settings.redis_url,
+        username=settings.redis_user,
+        password=settings.redis_password,
+        decode_responses=True,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=1.0,
+        retry=Retry(NoBackoff(), 1),
+        **tcp,
+    )
+
+
+CACHE_TIMEOUT_S = 0.2
+"""A cache that takes longer is no help."""
+
+
+def connect_cache(settings: StateSettings, url: str) -> Redis:
+    """A client of redis-cache at `url`; whoever takes longer than CACHE_TIMEOUT_S is away."""
+    return Redis.from_url(
+        url,
+        username=settings.redis_user,
+        password=settings.redis_password,
+        socket_timeout=CACHE_TIMEOUT_S,
+        socket_connect_timeout=CACHE_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 1),
+    )

@@ -1,0 +1,82 @@
+"""Every Lua script of the system: what must happen at once or not at all.
+
+Above each one: its KEYS, its ARGV, what it returns, and why it is a script.
+"""
+
+# KEYS[1] worker:{id}  KEYS[2] running:{id}  KEYS[3] workers  KEYS[4] usage ; ARGV[1] id  ARGV[2] max entries
+# Returns how many requests were lost, or -1 when the worker is alive.
+REAP = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return -1 end
+local left = redis.call('HVALS', KEYS[2])
+for _, record in ipairs(left) do
+  redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[2], '*', 'r', record)
+end
+redis.call('DEL', KEYS[2])
+redis.call('SREM', KEYS[3], ARGV[1])
+return #left
+"""
+
+# KEYS[1] usage  KEYS[2] batch:{id} ; ARGV[1] seconds to remember the batch, ARGV[2] max entries, ARGV[3] how many
+# begun, then for each begun request and then for each ended one: running:{worker}, record id, record.
+# A batch is applied once, however often it is sent: a timeout does not tell whether redis ran it.
+FLUSH = """
+if not redis.call('SET', KEYS[2], '1', 'NX', 'EX', ARGV[1]) then return 0 end
+local ended_from = 4 + 3 * tonumber(ARGV[3])
+for i = 4, ended_from - 1, 3 do redis.call('HSET', ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
+for i = ended_from, #ARGV, 3 do
+  redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'r', ARGV[i + 2])
+  redis.call('HDEL', ARGV[i], ARGV[i + 1])
+end
+return 1
+"""
+
+# KEYS[1] a job or batch ; ARGV[1] the states it may be in, each between bars, then fields and values to set.
+# Returns 'ok', else the state it is in ('' for nothing there). Only who finds the expected state changes it.
+MOVE = """
+local status = redis.call('HGET', KEYS[1], 'status')
+if not status then return '' end
+if not string.find(ARGV[1], '|' .. status .. '|', 1, true) then return status end
+redis.call('HSET', KEYS[1], unpack(ARGV, 2))
+return 'ok'
+"""
+
+# KEYS[1] aliases ; ARGV name, owner, model ('': the previous one), now in s, channel.
+# Returns the alias as JSON, 'taken' for another key's, 'none' without a previous one. Switched and told at once.
+SWITCH = """
+local raw = redis.call('HGET', KEYS[1], ARGV[1])
+local alias = raw and cjson.decode(raw) or {name = ARGV[1], owner = ARGV[2], model = '', previous = ''}
+if alias.owner ~= ARGV[2] then return 'taken' end
+local model = ARGV[3]
+if model == '' then model = alias.previous end
+if model == '' then return 'none' end
+if model ~= alias.model then
+    alias.previous, alias.model, alias.changed_at = alias.model, model, tonumber(ARGV[4])
+end
+local text = cjson.encode(alias)
+redis.call('HSET', KEYS[1], ARGV[1], text)
+redis.call('PUBLISH', ARGV[5], text)
+return text
+"""
+
+# KEYS[1] ledger:cursor  KEYS[2..] hashes ; ARGV[1] cursor expected, ARGV[2] new cursor, ARGV[3] seconds to keep,
+# then hash number, field, increment, three by three. Returns 1; 0 when the cursor is elsewhere and nothing is done.
+APPLY = """
+if (redis.call('GET', KEYS[1]) or '0-0') ~= ARGV[1] then return 0 end
+for i = 4, #ARGV, 3 do redis.call('HINCRBY', KEYS[tonumber(ARGV[i])], ARGV[i + 1], ARGV[i + 2]) end
+for i = 2, #KEYS do redis.call('EXPIRE', KEYS[i], ARGV[3]) end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
+"""
+
+# KEYS[1] ledger:tick  KEYS[2] ledger:cost:{day}
+# ARGV[1] now, ARGV[2] USD a second, ARGV[3] longest gap, ARGV[4] seconds kept
+ACCRUE = """
+local last = tonumber(redis.call('GET', KEYS[1]) or ARGV[1])
+local passed = tonumber(ARGV[1]) - last
+if passed > 0 and passed <= tonumber(ARGV[3]) then
+  redis.call('INCRBYFLOAT', KEYS[2], string.format('%.9f', passed * tonumber(ARGV[2])))
+  redis.call('EXPIRE', KEYS[2], ARGV[4])
+end
+redis.call('SET', KEYS[1], ARGV[1])
+return passed
+"""

@@ -1,0 +1,174 @@
+"""What workers say about themselves, and the table made of it.
+
+Workers publish a `Heartbeat` several times a second (`services/worker`). Nothing here counts requests up and
+down: a worker's load is what it last reported plus what this gateway has sent it since, so no lost decrement
+can ever make a worker look busy.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+from loguru import logger
+
+from common.redis.names import HEARTBEAT_TTL_MS
+
+State = Literal["ready", "stalled", "draining", "gone"]
+
+SUSPECT_S = 2.0
+"""How long a worker that just failed a request is avoided, whatever it says of itself."""
+
+
+class Model(msgspec.Struct):
+    """A model a worker serves. `parent` is the base model of an adapter."""
+
+    id: str
+    max_model_len: int
+    created: int = 0
+    parent: str | None = None
+    revision: str = ""
+    """Digest of the model's files and of the settings that shape its answers; empty: unknown."""
+
+
+class Heartbeat(msgspec.Struct):
+    """What a worker says about itself: the contract between `services/worker` and the gateway."""
+
+    id: str
+    address: str
+    """host:port as nginx and the gateway reach it."""
+    state: State
+    models: list[Model]
+    in_flight: int = 0
+    """Requests inside the worker now."""
+    interactive: int = 0
+    """Those of them that are no batch's."""
+    slots: int = 0
+    """Requests the engine runs at once (max_num_seqs)."""
+    waiting: int = 0
+    """Requests queued in the engine."""
+    kv_use: float = 0.0
+    """Share of KV blocks in use, 0 to 1."""
+    prompt_tokens: int = 0
+    """Tokens read, cached ones among them, since the engine started; with the next two for rates, not for bills."""
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    metered: bool = True
+    """False for an engine without our middleware: the relay then meters."""
+    engine: str = ""
+
+
+class Worker:
+    """A worker as this gateway sees it."""
+
+    __slots__ = ("beat", "names", "seen_at", "sent", "suspect_until")
+
+    def __init__(self, beat: Heartbeat, now: float) -> None:
+        self.suspect_until = 0.0
+        self.update(beat, now)
+
+    def update(self, beat: Heartbeat, now: float) -> None:
+        """Take in a newer heartbeat."""
+        self.beat = beat
+        self.seen_at = now
+        self.names = frozenset(model.id for model in beat.models)
+        self.sent = 0
+
+    @property
+    def load(self) -> int:
+        """Requests in flight: reported plus sent since."""
+        return self.beat.in_flight + self.sent
+
+
+_decode_heartbeat = msgspec.json.Decoder(Heartbeat).decode
+
+
+class WorkerTable:
+    """All known workers by id."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.workers: dict[str, Worker] = {}
+        self.lost = 0
+        """Workers that went without having drained: killed, cut off, or their engine died."""
+        self.known_models: set[str] = set()
+        """Every model some worker has served: one of them may come back, so asking for it is no mistake."""
+        self._clock = clock
+
+    def take(self, raw: str | bytes) -> None:
+        """Take in one heartbeat. A malformed one is logged and ignored."""
+        try:
+            beat = _decode_heartbeat(raw)
+        except msgspec.MsgspecError as error:
+            logger.warning("ignored a malformed heartbeat", error=str(error))
+            return
+        known = self.workers.get(beat.id)
+        if beat.state == "gone":
+            if known is not None:
+                del self.workers[beat.id]
+                self.lost += known.beat.state != "draining"
+                logger.info("worker left", worker=beat.id, was=known.beat.state)
+        elif known is None:
+            self.workers[beat.id] = Worker(beat, self._clock())
+            logger.info("worker joined", worker=beat.id, address=beat.address, state=beat.state)
+        else:
+            if known.beat.state != beat.state:
+                logger.info("worker changed state", worker=beat.id, was=known.beat.state, now=beat.state)
+            known.update(beat, self._clock())
+        self.known_models.update(model.id for model in beat.models)
+
+    def expire(self) -> None:
+        """Forget workers that have been silent for longer than their heartbeat lives."""
+        oldest = self._clock() - HEARTBEAT_TTL_MS / 1000
+        for worker_id in [i for i, worker in self.workers.items() if worker.seen_at < oldest]:
+            self.lost += self.workers.pop(worker_id).beat.state != "draining"
+            logger.warning("worker silent, dropped", worker=worker_id)
+
+    def keep_alive(self) -> None:
+        """Count every worker as seen now: used while redis itself is away."""
+        now = self._clock()
+        for worker in self.workers.values():
+            worker.seen_at = now
+
+    def tend(self, *, connected: bool) -> None:
+        """Call it every second: silent workers are forgotten, unless it is redis that is away."""
+        if connected:
+            self.expire()
+        else:
+            self.keep_alive()
+
+    def suspect(self, address: str) -> None:
+        """Avoid the worker at an address for SUSPECT_S: a request just failed there."""
+        until = self._clock() + SUSPECT_S
+        for worker in self.workers.values():
+            if worker.beat.address == address:
+                worker.suspect_until = until
+
+    def serving(self, model: str) -> list[Worker]:
+        """Workers that can take a request for a model, the healthy ones alone where there are any.
+
+        Draining workers are never in it. Suspects and stalled workers are the last resort.
+        """
+        now = self._clock()
+        able = [w for w in self.workers.values() if model in w.names and w.beat.state != "draining"]
+        healthy = [w for w in able if w.beat.state == "ready" and w.suspect_until <= now]
+        return healthy or able
+
+    def models(self) -> dict[str, Model]:
+        """Every model some worker serves, by name."""
+        found: dict[str, Model] = {}
+        for worker in self.workers.values():
+            for model in worker.beat.models:
+                found.setdefault(model.id, model)
+        return found
+
+    def revision(self, name: str) -> str:
+        """The revision of a model that all its workers agree on; empty when they do not, or do not say."""
+        found = {m.revision for worker in self.workers.values() for m in worker.beat.models if m.id == name}
+        return found.pop() if len(found) == 1 else ""
+
+    def states(self) -> dict[str, int]:
+        """How many workers are in each state."""
+        counts = {"ready": 0, "stalled": 0, "draining": 0}
+        for worker in self.workers.values():
+            counts[worker.beat.state] = counts.get(worker.beat.state, 0) + 1
+        return counts
