@@ -6,8 +6,9 @@ revoked (`keys` channel). While redis is away, a key that was good stays good fo
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
+from hmac import compare_digest
 from typing import NamedTuple
 
 import msgspec
@@ -23,6 +24,8 @@ GRACE_S = 3600.0
 RETRY_S = 2.0
 """How long a key lives on without asking again, while redis does not answer."""
 MAX_CACHED = 20_000
+HOUSE = "owngpt"
+"""Whose requests nobody else pays for: no key has this id."""
 
 
 class _Known(NamedTuple):
@@ -36,10 +39,12 @@ class _Known(NamedTuple):
 class Authenticator:
     """Turns an Authorization header into an `ApiKey`, or raises."""
 
-    def __init__(self, redis: Redis, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, redis: Redis, clock: Callable[[], float] = time.monotonic, service_token: str = "") -> None:
         self._redis = redis
+        self._service = f"Bearer {service_token}".encode() if service_token else None
         self._clock = clock
         self._cache: OrderedDict[bytes, _Known] = OrderedDict()
+        self._owners: OrderedDict[str, _Known] = OrderedDict()
         self._revocations = 0
 
     def cached(self, header: bytes) -> ApiKey | None:
@@ -58,12 +63,32 @@ class Authenticator:
             raise Unauthorized
         return known.record
 
-    async def _ask(self, header: bytes, digest: bytes, known: _Known | None) -> _Known:
-        scheme, _, token = header.decode("latin-1").partition(" ")
-        key_id = key_id_of(token.strip()) if scheme.lower() == "bearer" else None
-        if key_id is None:
+    def is_service(self, header: bytes) -> bool:
+        """Whether one of our own services asks, in the name of a key's owner."""
+        return self._service is not None and compare_digest(header, self._service)
+
+    async def owner(self, key_id: str) -> ApiKey:
+        """The key with an id, for a service that asks in its name; HOUSE pays for what nobody else must.
+
+        Raises Unauthorized for a key that is not there any more, or Unavailable when nobody can tell.
+        """
+        if key_id == HOUSE:
+            return ApiKey(HOUSE, HOUSE, "", 0)
+        known = self._owners.get(key_id)
+        if known is None or known.fresh_until <= self._clock():
+            revocations = self._revocations
+            known = await self._look_up(key_id, known)
+            if revocations == self._revocations:
+                self._owners[key_id] = known
+            while len(self._owners) > MAX_CACHED:
+                self._owners.popitem(last=False)
+        if known.record is None:
             raise Unauthorized
-        now, revocations = self._clock(), self._revocations
+        return known.record
+
+    async def _look_up(self, key_id: str, known: _Known | None) -> _Known:
+        """What redis says of a key's id; what it said last, for a while, when it does not answer."""
+        now = self._clock()
         try:
             raw = await self._redis.get(api_key_key(key_id))
         except (RedisError, OSError) as error:
@@ -71,12 +96,18 @@ class Authenticator:
                 raise Unavailable(
                     "Keys cannot be checked right now.", code="key_store_unavailable", retry_after_s=2
                 ) from error
-            found = known._replace(fresh_until=self._clock() + RETRY_S)
-        else:
-            record = msgspec.json.decode(raw, type=ApiKey) if raw is not None else None
-            if record is not None and not matches(token.strip(), record):
-                record = None
-            found = _Known(now + CACHE_S, now, record)
+            return known._replace(fresh_until=self._clock() + RETRY_S)
+        return _Known(now + CACHE_S, now, msgspec.json.decode(raw, type=ApiKey) if raw is not None else None)
+
+    async def _ask(self, header: bytes, digest: bytes, known: _Known | None) -> _Known:
+        scheme, _, token = header.decode("latin-1").partition(" ")
+        key_id = key_id_of(token.strip()) if scheme.lower() == "bearer" else None
+        if key_id is None:
+            raise Unauthorized
+        revocations = self._revocations
+        found = await self._look_up(key_id, known)
+        if found.record is not None and not matches(token.strip(), found.record):
+            found = found._replace(record=None)
         if revocations == self._revocations:  # else it may be this one that was revoked meanwhile
             self._cache[digest] = found
             self._cache.move_to_end(digest)
@@ -87,6 +118,7 @@ class Authenticator:
     def forget(self, key_id: str) -> None:
         """Drop what is remembered of a key: it was revoked."""
         self._revocations += 1
+        self._owners.pop(key_id, None)
         for digest in [d for d, known in self._cache.items() if known.record is not None and known.record.id == key_id]:
             del self._cache[digest]
 
@@ -95,16 +127,15 @@ class Authenticator:
         self._revocations += 1
         for digest, known in self._cache.items():
             self._cache[digest] = known._replace(fresh_until=0.0)
+        for key_id, known in self._owners.items():
+            self._owners[key_id] = known._replace(fresh_until=0.0)
 
 
-def bearer(headers: list[tuple[bytes, bytes]]) -> bytes:
-    """The credentials in ASGI headers: `Authorization`, or Anthropic's `x-api-key`. Raises Unauthorized."""
-    found = b""
-    for name, value in headers:
-        if name == b"authorization":
-            return value
-        if name == b"x-api-key":
-            found = b"Bearer " + value
-    if not found:
-        raise Unauthorized
-    return found
+def bearer(headers: Mapping[bytes, bytes]) -> bytes:
+    """The credentials in lower-case headers: `Authorization`, or Anthropic's `x-api-key`. Raises Unauthorized."""
+    found = headers.get(b"authorization")
+    if found is not None:
+        return found
+    if (key := headers.get(b"x-api-key")) is not None:
+        return b"Bearer " + key
+    raise Unauthorized

@@ -1,10 +1,10 @@
-"""The record of a request, and its way into redis without waiting for redis.
+"""The way of a request's record into redis, without waiting for redis.
 
 `Recorder.begin` and `Recorder.end` only append to memory. A background task writes: at once when a request ended
-(what ends meanwhile makes the next batch), else every FLUSH_INTERVAL_S. What began but has not ended goes to
-`running:{worker}`, what ended goes to the `usage` stream; one script does both, once per batch, so each request ends
-up in the stream once. When a worker is lost, any gateway turns what it left in `running:{worker}` into
-`upstream_error` records (`REAP`).
+(what ends meanwhile makes the next flush), else every FLUSH_INTERVAL_S. What began but has not ended goes to
+`running:{worker}`, what ended goes to the `usage` stream; one script does both, once per flush. When a worker is lost,
+any gateway turns what it left in `running:{worker}` into `upstream_error` records (`REAP`). Whoever takes a record out
+of `running:{worker}` writes its entry, so each request has one, also when a worker was only thought to be lost.
 """
 
 import asyncio
@@ -25,18 +25,17 @@ from common.redis.scripts import FLUSH
 FLUSH_INTERVAL_S = 0.05
 RETRY_S = 1.0
 MAX_UNWRITTEN = 20_000
-
+FLUSH_REMEMBERED_S = 3600
+MAX_AT_ONCE = 500
 
 _encode = msgspec.json.Encoder().encode
-BATCH_REMEMBERED_S = 3600
-MAX_BATCH = 500
 
 At = tuple[str, str]
 """(worker id, record id): what a record is called until it is in the stream."""
 
 
 class Recorder:
-    """Collects records in memory and writes them in batches.
+    """Collects records in memory and writes them in flushes.
 
     At most MAX_UNWRITTEN records wait; while redis is away longer than that, the newest are dropped and
     counted in `dropped` (their log line stays).
@@ -44,12 +43,12 @@ class Recorder:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._name = secrets.token_hex(8)
-        self._batches = 0
+        self._key = flushed_key(secrets.token_hex(8))
+        self._flushes = 0
         self._begun: dict[At, Record] = {}
         self._shown: set[At] = set()
         self._ended: deque[Record] = deque()
-        self._sending: tuple[str, list[At], int, list[str]] | None = None
+        self._sending: tuple[list[At], int, list[str]] | None = None
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._stopping = False
@@ -71,33 +70,36 @@ class Recorder:
         self._wake.set()
 
     async def flush(self) -> None:
-        """Write what waits. Raises RedisError; nothing is lost or doubled then, the next flush repeats the batch."""
+        """Write what waits. Raises RedisError; nothing is lost or doubled then, the next call repeats it."""
         while True:
             if self._sending is None:
-                self._sending = self._next_batch()
+                self._sending = self._next()
             if self._sending is None:
                 return
-            batch, fresh, ended, args = self._sending
-            await self._redis.eval(FLUSH, 2, USAGE, batch, *args)
+            fresh, ended, args = self._sending
+            await self._redis.eval(FLUSH, 2, USAGE, self._key, *args)
             self._sending = None
             self._shown.update(fresh)
             for _ in range(ended):
                 record = self._ended.popleft()
                 self._shown.discard((record.worker, record.id))
 
-    def _next_batch(self) -> tuple[str, list[At], int, list[str]] | None:
-        ended = list(islice(self._ended, MAX_BATCH))
+    def _next(self) -> tuple[list[At], int, list[str]] | None:
+        ended = list(islice(self._ended, MAX_AT_ONCE))
         fresh = [at for at in self._begun if at not in self._shown]
         if not ended and not fresh:
             return None
-        self._batches += 1
-        args = [str(BATCH_REMEMBERED_S), str(USAGE_MAX_ENTRIES), str(len(fresh))]
-        for record in [*[self._begun[at] for at in fresh], *ended]:
+        self._flushes += 1
+        args = [str(FLUSH_REMEMBERED_S), str(USAGE_MAX_ENTRIES), str(self._flushes), str(len(fresh))]
+        for record in [self._begun[at] for at in fresh]:
             args += [running_key(record.worker), record.id, _encode(record).decode()]
-        return flushed_key(f"{self._name}:{self._batches}"), fresh, len(ended), args
+        for record in ended:
+            shown = "1" if (record.worker, record.id) in self._shown else ""
+            args += [running_key(record.worker), record.id, _encode(record).decode(), shown]
+        return fresh, len(ended), args
 
     async def close(self) -> None:
-        """Stop the background task after the batch it is at, and write the rest."""
+        """Stop the background task after the flush it is at, and write the rest."""
         self._stopping = True
         self._wake.set()
         if self._task is not None:

@@ -14,15 +14,15 @@ Outcome = Literal[
 ]
 
 
-BATCH_REQUEST = "batch-"
-"""How the request ids of batches begin: work that can wait."""
+ANSWER_CACHE = "answer-cache"
+"""The worker's name in the record of an answer from memory."""
 
 
 class Record(msgspec.Struct):
     """One request on one worker. Times are seconds; `started_at` is Unix time; tokens are counts."""
 
     id: str
-    """Ours, unique; `request_id` may be a client's and come twice."""
+    """Ours, the same over all attempts of a request; `request_id` may be a client's and come twice."""
     request_id: str
     key: str
     model: str
@@ -32,6 +32,8 @@ class Record(msgspec.Struct):
     adapter: str = ""
     stream: bool = False
     attempt: int = 1
+    batch: bool = False
+    """Work that can wait; nobody sits before it."""
     outcome: Outcome = "upstream_error"
     status: int = 0
     finish_reason: str = ""
@@ -49,10 +51,3 @@ class Record(msgspec.Struct):
     prefill_s: float | None = None
     decode_s: float | None = None
     duration_s: float = 0.0
-
-    @property
-    def interactive(self) -> bool:
-        """Whether somebody waits for it: not a batch's."""
-        return not self.request_id.startswith(BATCH_REQUEST)
-ANSWER_CACHE = "answer-cache"
-"""The worker's name in the record of an answer from memory."""

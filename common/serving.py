@@ -37,7 +37,7 @@ def make_api(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
 
 async def owner(request: Request) -> str:
     """Whose request this is: the id of its API key."""
-    key: ApiKey = await request.app.state.authenticator.check(bearer(request.scope["headers"]))
+    key: ApiKey = await request.app.state.authenticator.check(bearer(dict(request.scope["headers"])))
     return key.id
 
 

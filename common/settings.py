@@ -3,10 +3,12 @@
 A secret comes from a file named by its `_FILE` variable; a missing or short one stops the start.
 """
 
+import sys
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIN_SECRET_CHARS = 24
@@ -48,3 +50,17 @@ class StateSettings(BaseSettings):
     def redis_password(self) -> str:
         """The password in `redis_password_file`."""
         return read_secret(self.redis_password_file)
+
+
+Kind = TypeVar("Kind", bound=BaseSettings)
+
+
+def read_settings(kind: type[Kind], program: str) -> Kind:
+    """A program's settings from the environment. What is wrong is printed, by variable, and ends the process with 1."""
+    try:
+        return kind()
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            print(f"{program}: {name}: {problem['msg']} (value: {problem.get('input')!r})", file=sys.stderr)
+        raise SystemExit(1) from None

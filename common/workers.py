@@ -5,8 +5,10 @@ down: a worker's load is what it last reported plus what this gateway has sent i
 can ever make a worker look busy.
 """
 
+import math
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import msgspec
@@ -59,7 +61,7 @@ class Heartbeat(msgspec.Struct):
 
 
 class Worker:
-    """A worker as this gateway sees it."""
+    """A worker as this process sees it."""
 
     __slots__ = ("beat", "names", "seen_at", "sent", "suspect_until")
 
@@ -80,11 +82,31 @@ class Worker:
         return self.beat.in_flight + self.sent
 
 
+class Pool:
+    """The workers that can take a request for a model, in no order, and the same by id."""
+
+    __slots__ = ("by_id", "workers")
+
+    def __init__(self, workers: Iterable[Worker]) -> None:
+        self.workers = list(workers)
+        random.shuffle(self.workers)  # `routing.choose` looks at a stretch of it
+        self.by_id = {worker.beat.id: worker for worker in self.workers}
+
+    def without(self, addresses: Sequence[str]) -> "Pool":
+        """Those at other addresses."""
+        return Pool(worker for worker in self.workers if worker.beat.address not in addresses)
+
+
 _decode_heartbeat = msgspec.json.Decoder(Heartbeat).decode
 
 
 class WorkerTable:
-    """All known workers by id."""
+    """All known workers by id.
+
+    What requests ask for (who serves a model, which models there are, a model's revision) is worked out once after a
+    change, so that asking costs the same for two workers and for a thousand. A heartbeat that brings new numbers only
+    is no change.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.workers: dict[str, Worker] = {}
@@ -93,6 +115,17 @@ class WorkerTable:
         self.known_models: set[str] = set()
         """Every model some worker has served: one of them may come back, so asking for it is no mistake."""
         self._clock = clock
+        self._changed()
+
+    def _changed(self) -> None:
+        """Forget what was worked out."""
+        self._pools: dict[str, Pool] = {}
+        self._models: dict[str, Model] | None = None
+        self._base_models: frozenset[str] | None = None
+        self._revisions: dict[str, str] = {}
+        now = self._clock()
+        ends = [worker.suspect_until for worker in self.workers.values() if worker.suspect_until > now]
+        self._suspicion_ends = min(ends, default=math.inf)
 
     def take(self, raw: str | bytes) -> None:
         """Take in one heartbeat. A malformed one is logged and ignored."""
@@ -106,14 +139,19 @@ class WorkerTable:
             if known is not None:
                 del self.workers[beat.id]
                 self.lost += known.beat.state != "draining"
+                self._changed()
                 logger.info("worker left", worker=beat.id, was=known.beat.state)
         elif known is None:
             self.workers[beat.id] = Worker(beat, self._clock())
+            self._changed()
             logger.info("worker joined", worker=beat.id, address=beat.address, state=beat.state)
         else:
-            if known.beat.state != beat.state:
-                logger.info("worker changed state", worker=beat.id, was=known.beat.state, now=beat.state)
+            was = known.beat
             known.update(beat, self._clock())
+            if was.state != beat.state:
+                logger.info("worker changed state", worker=beat.id, was=was.state, now=beat.state)
+            if was.state != beat.state or was.models != beat.models or was.address != beat.address:
+                self._changed()
         self.known_models.update(model.id for model in beat.models)
 
     def expire(self) -> None:
@@ -121,6 +159,7 @@ class WorkerTable:
         oldest = self._clock() - HEARTBEAT_TTL_MS / 1000
         for worker_id in [i for i, worker in self.workers.items() if worker.seen_at < oldest]:
             self.lost += self.workers.pop(worker_id).beat.state != "draining"
+            self._changed()
             logger.warning("worker silent, dropped", worker=worker_id)
 
     def keep_alive(self) -> None:
@@ -142,29 +181,47 @@ class WorkerTable:
         for worker in self.workers.values():
             if worker.beat.address == address:
                 worker.suspect_until = until
+        self._changed()
 
-    def serving(self, model: str) -> list[Worker]:
+    def serving(self, model: str) -> Pool:
         """Workers that can take a request for a model, the healthy ones alone where there are any.
 
         Draining workers are never in it. Suspects and stalled workers are the last resort.
         """
-        now = self._clock()
-        able = [w for w in self.workers.values() if model in w.names and w.beat.state != "draining"]
-        healthy = [w for w in able if w.beat.state == "ready" and w.suspect_until <= now]
-        return healthy or able
+        if self._suspicion_ends != math.inf and self._clock() >= self._suspicion_ends:
+            self._changed()
+        pool = self._pools.get(model)
+        if pool is None:
+            now = self._clock()
+            able = [w for w in self.workers.values() if model in w.names and w.beat.state != "draining"]
+            pool = Pool([w for w in able if w.beat.state == "ready" and w.suspect_until <= now] or able)
+            if able:  # else a name that a client made up, of which there is no end
+                self._pools[model] = pool
+        return pool
 
     def models(self) -> dict[str, Model]:
         """Every model some worker serves, by name."""
-        found: dict[str, Model] = {}
-        for worker in self.workers.values():
-            for model in worker.beat.models:
-                found.setdefault(model.id, model)
-        return found
+        if self._models is None:
+            self._models = {}
+            for worker in self.workers.values():
+                for model in worker.beat.models:
+                    self._models.setdefault(model.id, model)
+        return self._models
+
+    def base_models(self) -> frozenset[str]:
+        """Names of the models that are no adapters."""
+        if self._base_models is None:
+            self._base_models = frozenset(name for name, model in self.models().items() if model.parent is None)
+        return self._base_models
 
     def revision(self, name: str) -> str:
         """The revision of a model that all its workers agree on; empty when they do not, or do not say."""
-        found = {m.revision for worker in self.workers.values() for m in worker.beat.models if m.id == name}
-        return found.pop() if len(found) == 1 else ""
+        if name not in self.models():
+            return ""
+        if name not in self._revisions:
+            found = {m.revision for worker in self.workers.values() for m in worker.beat.models if m.id == name}
+            self._revisions[name] = found.pop() if len(found) == 1 else ""
+        return self._revisions[name]
 
     def states(self) -> dict[str, int]:
         """How many workers are in each state."""

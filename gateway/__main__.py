@@ -3,11 +3,14 @@
 import argparse
 import os
 import shutil
-import sys
+import socket
 import tempfile
+from pathlib import Path
 
 import uvicorn
-from pydantic import ValidationError
+from uvicorn.supervisors import Multiprocess
+
+from common.settings import read_settings
 
 
 def main() -> None:
@@ -15,6 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gateway", description="Serve the OwnGPT gateway.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000)")
+    parser.add_argument("--socket", type=Path, help="unix socket to listen on as well, for nginx on the same host")
     parser.add_argument("--processes", type=int, default=int(os.environ.get("GATEWAY_PROCESSES", "1")),
                         help="worker processes (default GATEWAY_PROCESSES or 1)")
     args = parser.parse_args()
@@ -22,24 +26,33 @@ def main() -> None:
     if args.processes > 1:
         # Each start gets a directory of its own, so that no other gateway wipes its counters.
         counters = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="gateway-metrics-")
+    from gateway.edge_http import DecisionProtocol
     from gateway.settings import Settings
 
+    read_settings(Settings, "gateway")
+    config = uvicorn.Config(
+        "gateway.app:create", factory=True, host=args.host, port=args.port, workers=args.processes, loop="uvloop",
+        http=DecisionProtocol, access_log=False, log_level="warning", server_header=False, date_header=False,
+        proxy_headers=False, lifespan="on", timeout_keep_alive=75, backlog=4096, timeout_graceful_shutdown=120,
+    )
+    sockets = [config.bind_socket(), *([bind(args.socket)] if args.socket else [])]
     try:
-        Settings()  # filled from the environment
-    except ValidationError as error:
-        for problem in error.errors():
-            name = "_".join(str(part) for part in problem["loc"]).upper()
-            print(f"gateway: {name}: {problem['msg']} (value: {problem.get('input')!r})", file=sys.stderr)
-        raise SystemExit(1) from None
-    try:
-        uvicorn.run(
-            "gateway.app:create", factory=True, host=args.host, port=args.port, workers=args.processes,
-            loop="uvloop", http="httptools", access_log=False, log_level="warning", server_header=False,
-            date_header=False, lifespan="on", timeout_keep_alive=75, backlog=4096, timeout_graceful_shutdown=120,
-        )
+        if args.processes > 1:
+            Multiprocess(config, sockets=sockets).run()
+        else:
+            uvicorn.Server(config).run(sockets=sockets)
     finally:
         if counters is not None:
             shutil.rmtree(counters, ignore_errors=True)
+
+
+def bind(path: Path) -> socket.socket:
+    """A unix socket at `path`, whoever left one there. Everybody who can reach the folder may connect, as with TCP."""
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(str(path))
+    path.chmod(0o666)
+    return sock
 
 
 if __name__ == "__main__":

@@ -1,199 +1,171 @@
-"""Answers that were given before: exact matches, kept in redis-cache.
+"""Answers from memory, as the path asks for them.
 
-A request may be answered from memory when its answer is determined (temperature 0, or a seed), or when its client says
-`X-OwnGPT-Cache: use`; never with `Cache-Control: no-store`. Two requests are the same question when the whole body is
-equal but for `IGNORED`, the model and adapter are the same files, and the cache scope is the same. An answer that does
-not verify is no answer; redis-cache away means a miss.
+Look-ups of one turn of the event loop are one MGET. Whoever asks what is being answered right now waits for the stored
+answer, never for the first one's client. A question is in flight until its answer stands in redis-cache, or its
+request no longer runs (`running:{worker}`): then one of those who wait goes on alone, and the others wait for that one.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
-from hashlib import blake2b
-from hmac import compare_digest
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
-import msgspec
 from loguru import logger
 from prometheus_client import Counter
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
-from common.answers import transcript
-from common.answers.store import HEADER, HIT, MISS
+from common.answers.store import Store, Stored
 from common.answers.transcript import Document
-from common.asgi import Message, Send
-from common.breaker import Breaker
-from common.metering.usage import only_usage
+from common.metering.context import Keep
 from gateway.question import Question
+from gateway.steps import Steps
 
-DIGEST_BYTES = 32
+POLL_S = 0.025
+RUNNING_EVERY = 10
+"""Polls between two looks at whether the question's request still runs."""
+GRACE_S = 0.5
+"""A request may take so long from its decision to its entry in `running:{worker}`."""
+UNKNOWN_S = 5.0
+"""Nobody can tell whether it runs, redis being away: after so long nobody waits for it any more."""
+MAX_FLIGHTS = 10_000
+
+IsRunning = Callable[[str, str], Awaitable[bool | None]]
+"""(worker id, request's uid) -> whether it runs there; None when nobody can tell."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """A question that is being answered."""
+
+    uid: str
+    worker_id: str
+    since: float
+    over: "asyncio.Future[Stored | None] | None" = None
+    """There once somebody waits: what stands in the store at its end."""
+    watch: "asyncio.Task[None] | None" = field(default=None)
 
 
 class Answers:
-    """The answers of one deployment. `secret` keys their checksums."""
+    """Memory for one gateway process. `count` hears: hit, joined (the same was being answered), miss."""
 
-    def __init__(self, redis: Redis, secret: str, ttl_s: int, max_bytes: int, counter: Counter) -> None:
-        self._redis = redis
-        self._secret = blake2b(secret.encode(), digest_size=32, person=b"owngpt answer v1").digest()
-        self._ttl_s = ttl_s
-        self.max_bytes = max_bytes
-        self.count = counter
-        self._breaker = Breaker()
-        self._flights: dict[str, asyncio.Future[Document | None]] = {}
-        self._writing: set[asyncio.Task[None]] = set()
+    def __init__(self, store: Store, is_running: IsRunning, count: Counter, ttl_s: int, max_bytes: int,
+                 longest_s: float) -> None:
+        self._store, self._is_running, self._count = store, is_running, count
+        self._ttl_s, self._max_bytes, self._longest_s = ttl_s, max_bytes, longest_s
+        self._asked: dict[str, asyncio.Future[Stored | None]] = {}
+        self._flights: dict[str, Flight] = {}
+        self._reading: set[asyncio.Task[None]] = set()
 
-    async def find(self, question: Question) -> Document | None:
-        """The answer given before in this scope, or to a request that is being answered right now.
+    def find(self, question: Question) -> Steps[tuple[Document | None, bool]]:
+        """(the answer given before, whether it may be kept otherwise). Waits while the same is being answered."""
+        result = "hit"
+        while True:
+            stored: Stored | None = yield self._look_up(question.name)
+            flight = self._flights.get(question.name)
+            if stored is not None and flight is not None:
+                self._end(question.name, stored)
+            if stored is not None or flight is None or self._store.away:
+                break
+            result = "joined"
+            stored = yield self._follow(question.name, flight)
+            if stored is not None:
+                break
+        document = stored.document if stored is not None else None
+        self._count.labels(result if document is not None else "miss").inc()
+        return document, stored is None
 
-        None: the caller is to answer, inside `flight`, entered without awaiting anything before.
-        """
-        result, document = "hit", None
-        if question.name not in self._flights:
-            document = await self._read(question.name)
-        flight = self._flights.get(question.name)  # it may have begun meanwhile
-        if document is None and flight is not None:
-            result, document = "joined", await asyncio.shield(flight)
-        self.count.labels(result if document else "miss").inc()
-        return document
+    def lead(self, question: Question, uid: str, worker_id: str) -> Keep:
+        """This request answers the question from now on; what its worker is told about keeping the answer."""
+        flight = self._flights.get(question.name)
+        if flight is not None and flight.uid == uid:
+            flight.worker_id, flight.since = worker_id, time.monotonic()  # another attempt of the same request
+        elif flight is None and not self._store.away:
+            if len(self._flights) >= MAX_FLIGHTS:
+                self._end(next(iter(self._flights)), None)
+            self._flights[question.name] = Flight(uid, worker_id, time.monotonic())
+        return Keep(question.name, self._ttl_s, worker_id, self._max_bytes)
 
-    @contextlib.contextmanager
-    def flight(self, question: Question, collected: "Collecting") -> Iterator[None]:
-        """While the one answer to a question is made, whoever asks the same waits for it."""
-        future: asyncio.Future[Document | None] | None = None
-        if question.name not in self._flights:
-            future = self._flights[question.name] = asyncio.get_running_loop().create_future()
-        document: Document | None = None
-        try:
-            yield
-            document = collected.document() if question.fresh() else None
-        finally:
-            if future is not None:
-                future.set_result(document)
-            writing = self._keep(question.name, document) if document is not None else None
-            if future is not None and writing is not None:
-                # Until redis has it, whoever asks the same gets it from here.
-                writing.add_done_callback(lambda _: self._flights.pop(question.name, None))
-            elif future is not None:
-                del self._flights[question.name]
+    def failed(self, name: str, uid: str) -> None:
+        """The request that led a question goes nowhere any more."""
+        if (flight := self._flights.get(name)) is not None and flight.uid == uid:
+            self._end(name, None)
 
-    def _keep(self, name: str, document: Document) -> "asyncio.Task[None] | None":
-        body = msgspec.json.encode(document)
-        if len(body) > self.max_bytes:
-            self.count.labels("too_large").inc()
-            return None
-        task = asyncio.create_task(self._write(name, body))
-        self._writing.add(task)
-        task.add_done_callback(self._writing.discard)
-        return task
-
-    async def _read(self, name: str) -> Document | None:
-        if self._breaker.open:
-            return None
-        try:
-            value = await self._redis.getex(name, ex=self._ttl_s)
-        except (RedisError, OSError) as error:
-            self._away(error)
-            return None
-        if self._breaker.worked():
-            logger.info("redis-cache is back")
-        if not isinstance(value, bytes):
-            return None
-        digest, body = value[:DIGEST_BYTES], value[DIGEST_BYTES:]
-        if not compare_digest(digest, self._digest(name, body)):
-            self.count.labels("damaged").inc()
-            return None
-        document: Document = msgspec.json.decode(body)
-        return document
-
-    async def _write(self, name: str, body: bytes) -> None:
-        if self._breaker.open:
-            return
-        try:
-            await self._redis.set(name, self._digest(name, body) + body, ex=self._ttl_s)
-            self.count.labels("stored").inc()
-        except (RedisError, OSError) as error:
-            self._away(error)
-
-    def _away(self, error: Exception) -> None:
-        if self._breaker.failed():
-            logger.warning("redis-cache is away; answers are computed", error=str(error) or type(error).__name__)
-
-    def _digest(self, name: str, body: bytes) -> bytes:
-        return blake2b(name.encode() + b"\0" + body, digest_size=DIGEST_BYTES, key=self._secret).digest()
+    def tend(self) -> None:
+        """Call it every second: forget questions that nobody waits for and that must be over."""
+        oldest = time.monotonic() - self._longest_s
+        for name in [n for n, flight in self._flights.items() if flight.since < oldest and flight.over is None]:
+            del self._flights[name]
 
     async def close(self) -> None:
-        """Finish what is being written."""
-        await asyncio.gather(*self._writing, return_exceptions=True)
-        await self._redis.aclose()
+        """Nobody waits any more."""
+        watches = [flight.watch for flight in self._flights.values() if flight.watch is not None]
+        for task in watches:
+            task.cancel()
+        await asyncio.gather(*watches, *self._reading, return_exceptions=True)
+        await self._store.close()
+
+    def _look_up(self, name: str) -> Awaitable[Stored | None]:
+        future = self._asked.get(name)
+        if future is None:
+            loop = asyncio.get_running_loop()
+            if not self._asked:
+                loop.call_soon(self._send)
+            future = self._asked[name] = loop.create_future()
+        return asyncio.shield(future)  # whoever leaves must not end it for the others
+
+    def _send(self) -> None:
+        asked, self._asked = self._asked, {}
+        task = asyncio.create_task(self._read(asked))
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
+
+    async def _read(self, asked: "dict[str, asyncio.Future[Stored | None]]") -> None:
+        found: list[Stored | None] = [None] * len(asked)
+        try:
+            found = await self._store.read(list(asked))
+        except Exception:  # a bug of ours must not leave anybody waiting
+            logger.exception("answers could not be looked up")
+        finally:
+            for future, stored in zip(asked.values(), found, strict=True):
+                if not future.done():
+                    future.set_result(stored)
+
+    def _follow(self, name: str, flight: Flight) -> Awaitable[Stored | None]:
+        if flight.over is None:
+            flight.over = asyncio.get_running_loop().create_future()
+            flight.watch = asyncio.create_task(self._watch(name, flight))
+        return asyncio.shield(flight.over)
+
+    async def _watch(self, name: str, flight: Flight) -> None:
+        """Until the answer is there, or will not come."""
+        stored: Stored | None = None
+        try:
+            for turn in range(1, int(self._longest_s / POLL_S)):
+                await asyncio.sleep(POLL_S)
+                if (stored := await self._look_up(name)) is not None or self._store.away:
+                    break
+                age_s = time.monotonic() - flight.since
+                if turn % RUNNING_EVERY or age_s < GRACE_S:
+                    continue
+                running = await self._is_running(flight.worker_id, flight.uid)
+                if running is False or (running is None and age_s > UNKNOWN_S):
+                    stored = await self._look_up(name)  # it may have ended, stored, between the two looks
+                    break
+        except Exception:
+            logger.exception("a question in flight could not be watched")
+        finally:
+            if self._flights.get(name) is flight:
+                self._end(name, stored)
+
+    def _end(self, name: str, stored: Stored | None) -> None:
+        flight = self._flights.pop(name)
+        if flight.over is not None and not flight.over.done():
+            flight.over.set_result(stored)
+        if flight.watch is not None and flight.watch is not _current_task():
+            flight.watch.cancel()
 
 
-class Collecting:
-    """A `send` that keeps a copy of a good answer while it passes, and hides usage that only we asked for."""
-
-    def __init__(self, question: Question, send: Send, max_bytes: int) -> None:
-        self._question = question
-        self._send = send
-        self._left = 4 * max_bytes  # events are wordier than the document they amount to
-        self._parts: list[bytes] = []
-        self._good = self._stream = self._ended = False
-        self._tail = b""
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            kind = dict(message["headers"]).get(b"content-type", b"")
-            self._stream = kind.startswith(b"text/event-stream")
-            self._good = message["status"] == 200 and self._stream == self._question.stream
-            message["headers"] = [*message["headers"], (HEADER, MISS)]
-            await self._send(message)
-            return
-        chunk, more = message.get("body", b""), message.get("more_body", False)
-        if self._good:
-            self._parts.append(chunk)
-            self._left -= len(chunk)
-            self._good = self._left >= 0
-        self._ended = not more
-        if self._stream and not self._question.usage:
-            chunk = self._without_usage(chunk, more)
-            if more and not chunk:
-                return
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
-
-    def _without_usage(self, chunk: bytes, more: bool) -> bytes:
-        chunk, self._tail = self._tail + chunk, b""
-        if more and not chunk.endswith(b"\n\n"):
-            cut = chunk.rfind(b"\n\n") + 2
-            chunk, self._tail = (chunk[:cut], chunk[cut:]) if cut > 1 else (b"", chunk)
-        if b'"choices":[]' not in chunk:
-            return chunk
-        return b"\n\n".join(event for event in chunk.split(b"\n\n") if not only_usage(event))
-
-    def document(self) -> Document | None:
-        """The whole answer; None when it is not one to keep."""
-        if not (self._good and self._ended):
-            return None
-        body = b"".join(self._parts)
-        if self._stream:
-            return transcript.from_events(self._question.route, body)
-        with contextlib.suppress(msgspec.MsgspecError):
-            document: Document = msgspec.json.decode(body, type=dict)
-            if transcript.complete(document):
-                return document
-        return None
-
-
-def render(question: Question, document: Document, request_id: bytes) -> bytes | None:
-    """The answer's bytes in the shape asked for, under the request's own id; None when that cannot be said."""
-    kind = "chatcmpl" if question.route == "chat" else "cmpl"
-    document = {**document, "id": f"{kind}-{request_id.decode()}"}
-    if question.stream:
-        return transcript.to_events(question.route, document, usage=question.usage)
-    return msgspec.json.encode(document)
-
-
-async def replay(question: Question, body: bytes, headers: list[tuple[bytes, bytes]], send: Send) -> None:
-    """Send an answer from memory."""
-    kind = b"text/event-stream; charset=utf-8" if question.stream else b"application/json"
-    await send({"type": "http.response.start", "status": 200, "headers": [
-        (b"content-type", kind), (b"content-length", str(len(body)).encode()), (HEADER, HIT), *headers,
-    ]})
-    await send({"type": "http.response.body", "body": body})
+def _current_task() -> "asyncio.Task[object] | None":
+    with contextlib.suppress(RuntimeError):
+        return asyncio.current_task()
+    return None

@@ -5,6 +5,9 @@ On a failed try nginx asks again with three headers (`nginx/nginx.conf.template`
 A client cannot send them: nginx overwrites them on the first ask.
 """
 
+import time
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
 from typing import Literal, NamedTuple
 
 MAX_ATTEMPTS = 4
@@ -31,9 +34,16 @@ class Attempts(NamedTuple):
     reason: Reason = "refused"
 
 
-def read(failed: str, sent: str, status: str) -> Attempts:
-    """Parse the three headers; missing or odd parts count as 'nothing was sent'."""
-    tried = tuple(failed.split())
+NONE = Attempts()
+
+
+def read(headers: Mapping[bytes, bytes]) -> Attempts:
+    """What nginx' three headers say; missing or odd parts count as 'nothing was sent'."""
+    failed = headers.get(b"x-failed-worker")
+    if failed is None:
+        return NONE
+    tried = tuple(failed.decode("latin-1").split())
+    sent, status = (headers.get(name, b"").decode("latin-1") for name in (b"x-failed-sent", b"x-failed-status"))
     deaths, timed_out = 0, False
     reason: Reason = "refused"
     for sent_bytes, code in zip(_worker_values(sent), _worker_values(status), strict=False):
@@ -53,3 +63,38 @@ def _worker_values(history: str) -> list[int]:
         last = group.split(",")[-1].strip()
         values.append(int(last) if last.isdigit() else 0)
     return values
+
+
+class HeldBack:
+    """Digests of request bodies that killed MAX_DEATHS workers, each refused until its time is over."""
+
+    def __init__(
+        self, hold_s: int, publish: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._hold_s = hold_s
+        self._publish = publish
+        self._clock = clock
+        self._until: dict[str, float] = {}
+
+    @staticmethod
+    def digest(body: bytes) -> str:
+        """The fingerprint of a body."""
+        return blake2b(body, digest_size=16).hexdigest()
+
+    def add(self, digest: str) -> None:
+        """Hold a body back, here (`learn`) and in every other gateway."""
+        self.learn(digest)
+        self._publish(digest)
+
+    def learn(self, digest: str) -> None:
+        """Hold a body back that some gateway has met."""
+        self._until[digest] = self._clock() + self._hold_s
+
+    def refuses(self, body: bytes) -> bool:
+        """Whether a body is held back; costs nothing while none is."""
+        if not self._until:
+            return False
+        now = self._clock()
+        for digest in [d for d, until in self._until.items() if until <= now]:
+            del self._until[digest]
+        return self.digest(body) in self._until

@@ -1,117 +1,82 @@
 """The request path: everything that happens to a generation request, top to bottom.
 
-    1 name it          request id
-    2 who asks         API key
-    3 read             the body, up to the limit
-    4 decode           only the fields the decision needs; an alias becomes the model it stands for
-    5 look back        did earlier tries of it fail, is it held back
-    6 remember         was the same asked before; then its answer is replayed
-    7 choose           a worker
-    8 answer           `X-Accel-Redirect` for nginx, or relay the bytes
+    1 name it      our uid, the client's label, what nginx brings back from earlier attempts
+    2 who asks     API key
+    3 read         the body, up to the limit
+    4 decode       only the fields the decision needs; an alias becomes the model it stands for
+    5 look back    did earlier attempts fail, is it held back
+    6 remember     was the same asked before, or is it being answered right now
+    7 choose       a worker
+    8 decide       Replay, Accelerate, Relay; Refuse from anywhere above
 
-A raw ASGI app: on this path FastAPI would cost more than everything above together.
+Nothing is awaited, sent or read here: steps that must wait yield what they wait for (`steps.py`), an edge carries the
+decision out (`edge_http.py`, `edge_asgi.py`). Errors of any kind end here, counted and logged.
 """
 
+import itertools
 import re
 import secrets
 import time
-from collections.abc import Callable
-from hashlib import blake2b
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING
 
-import aiohttp
+import msgspec
 from loguru import logger
 
 from common import errors
 from common.aliases import AliasTable
-from common.answers.store import BYPASS, HEADER
-from common.asgi import Message, Receive, Scope, Send
 from common.auth import Authenticator, bearer
 from common.keys import ApiKey
-from common.metering.context import CONTEXT, TRACEPARENT
+from common.metering import context
+from common.metering.context import CONTEXT, Context, Keep
 from common.metering.meter import Meter
-from common.metering.metered import Metering
-from common.metering.rewrite import rewrite
 from common.records import ANSWER_CACHE, Record
 from common.routes import ROUTES
-from common.workers import Worker, WorkerTable
+from common.workers import WorkerTable
 from gateway import attempts, routing
-from gateway.answers import Answers, Collecting, render, replay
+from gateway.answers import Answers
+from gateway.attempts import Attempts, HeldBack
+from gateway.decision import Accelerate, Decision, Refuse, Relay, Replay
 from gateway.decode import Ask, decode
 from gateway.isolation import Scopes
 from gateway.metrics import GatewayMetrics
-from gateway.question import Question, ask_question
-from gateway.relay import Upstream
+from gateway.question import Question, ask_question, may_be_remembered
 from gateway.settings import Settings
+from gateway.steps import Steps
 
 if TYPE_CHECKING:
     from gateway.tracing import Traced, Tracing
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{8,64}")
 RETRY_AFTER_S = 2
-PRIORITY = b"x-vllm-priority"
-"""Batches send one; a client's is dropped, else everybody would be first."""
-_OURS = (b"x-request-id", PRIORITY, CONTEXT, TRACEPARENT)
-"""What a client may send and a worker hears from us alone."""
 
-HoldBack = Callable[[str], None]
+Read = Callable[[int], Awaitable[bytes]]
+"""Reads a body up to a limit in bytes. Raises BodyTooLarge."""
 
 
-class HeldBack:
-    """Digests of request bodies that killed MAX_DEATHS workers, each refused until its time is over."""
+class Arrival:
+    """A request as it came, before anybody looked at it; and what the steps find out about it, one after the other."""
 
-    def __init__(self, hold_s: int, publish: HoldBack, clock: Callable[[], float] = time.monotonic) -> None:
-        self._hold_s = hold_s
-        self._publish = publish
-        self._clock = clock
-        self._until: dict[str, float] = {}
+    __slots__ = (
+        "answer", "attempt", "batch", "body", "headers", "method", "path", "read", "request_id", "route", "started",
+        "traced", "uid",
+    )
 
-    @staticmethod
-    def digest(body: bytes) -> str:
-        """The fingerprint of a body."""
-        return blake2b(body, digest_size=16).hexdigest()
-
-    def add(self, digest: str) -> None:
-        """Hold a body back, here (`learn`) and in every other gateway."""
-        self.learn(digest)
-        self._publish(digest)
-
-    def learn(self, digest: str) -> None:
-        """Hold a body back that some gateway has met."""
-        self._until[digest] = self._clock() + self._hold_s
-
-    def refuses(self, body: bytes) -> bool:
-        """Whether a body is held back; costs nothing while none is."""
-        if not self._until:
-            return False
-        now = self._clock()
-        for digest in [d for d, until in self._until.items() if until <= now]:
-            del self._until[digest]
-        return self.digest(body) in self._until
-
-
-class _Request(NamedTuple):
-    """What the way to a worker needs to know of a request."""
-
-    ask: Ask
-    body: bytes
-    key_id: str
-    id: bytes
-    cache_scope: str
-    salt: str
-    took_s: float
-    """What the decision took."""
-    traceparent: bytes
-    """Empty: nobody traces."""
-
-    def headers(self, attempt: int) -> list[tuple[bytes, bytes]]:
-        """What the worker's metering and its tracing read."""
-        context = f"{self.key_id} {attempt} {self.salt} {self.took_s * 1e6:.0f}".encode()
-        return [(CONTEXT, context), *([(TRACEPARENT, self.traceparent)] if self.traceparent else ())]
+    def __init__(
+        self, method: str, path: str, headers: Mapping[bytes, bytes], body: bytes | None, read: Read | None = None
+    ) -> None:
+        self.started = time.perf_counter()
+        self.method, self.path, self.headers, self.body, self.read = method, path, headers, body, read
+        self.route = ROUTES[path][0]
+        self.uid = self.request_id = ""
+        self.attempt, self.batch = 1, False
+        self.answer: str | None = None
+        """The question that an earlier attempt of this request leads."""
+        self.traced: Traced | None = None
 
 
 class RequestPath:
-    """The hot routes as one ASGI app."""
+    """The hot routes: from an arrival to a decision."""
 
     def __init__(
         self,
@@ -119,179 +84,100 @@ class RequestPath:
         table: WorkerTable,
         authenticator: Authenticator,
         held: HeldBack,
-        session: aiohttp.ClientSession,
         meter: Meter,
         metrics: GatewayMetrics,
         answers: Answers | None,
         aliases: AliasTable,
-        priority: bytes = b"",
         tracing: "Tracing | None" = None,
     ) -> None:
-        self._settings = settings
-        self._table = table
-        self._authenticator = authenticator
-        self._held = held
-        self._session = session
-        self._meter = meter
-        self._metrics = metrics
-        self._answers = answers
-        self._aliases = aliases
+        self._settings, self._table, self._authenticator, self._held = settings, table, authenticator, held
+        self._meter, self._metrics, self._answers, self._aliases = meter, metrics, answers, aliases
+        self._tracing = tracing
+        self._behind_nginx = settings.edge == "nginx"
         self._scopes = Scopes(settings.cache_secret, settings.cache_scope)
         self._holders = routing.Holders()
-        self._decided = {route: metrics.decisions.labels(route, "fast") for route, _ in ROUTES.values()}
-        self._tracing = tracing
-        self._token = settings.worker_token.encode()
-        self._priority = [(PRIORITY, priority)] if priority else []
+        self._counted = {
+            (route, kind): metrics.decisions.labels(route, kind)
+            for route, _ in ROUTES.values() for kind in ("fast", "relay", "answer")
+        }
+        # Ours alone: a prefix that nobody else has, and a number.
+        self._uids = map(f"{secrets.token_hex(5)}{{:06x}}".format, itertools.count(1))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = name_request(scope)
-        if self._tracing is None:
-            await self._answer(scope, receive, send, request_id, None)
-            return
-        traced = self._tracing.begin(scope, ROUTES[scope["path"]][0], request_id)
+    def decide(self, arrival: Arrival) -> Steps[Decision]:
+        """What becomes of a request."""
+        self._name(arrival)
         try:
-            await self._answer(scope, receive, send, request_id, traced)
-        finally:
-            traced.end()
-
-    async def _answer(
-        self, scope: Scope, receive: Receive, send: Send, request_id: bytes, traced: "Traced | None"
-    ) -> None:
-        started = time.perf_counter()
-        path, route = scope["path"], ROUTES[scope["path"]][0]
-        try:
-            if scope["method"] != "POST":
-                raise errors.MethodNotAllowed(f"{path} takes POST, not {scope['method']}.")
-            credentials = bearer(scope["headers"])
-            key = self._authenticator.cached(credentials) or await self._authenticator.check(credentials)
-            body = await read_body(scope, receive, self._settings.max_body_bytes)
-            if body is None:
-                return
-            ask = decode(path, body, self._settings.max_n)
-            alias = self._aliases.targets.get(ask.model)
-            if alias is not None:
-                ask.model, body = alias, rewrite(body, usage=False, model=alias)
-            tried = look_back(scope) if self._settings.edge == "nginx" else attempts.Attempts()
-            self._refuse_poison(tried, body)
-            cache_scope = self._scopes.of(key)
-            question = None
-            if self._answers is not None:
-                revision = self._table.revision
-                question = ask_question(route, ask, body, scope["headers"], cache_scope, revision)
-            if question is not None:
-                if await self._remember(question, key, ask, request_id, started, send):
-                    return
-                self._refuse_poison(tried, body)  # whoever was answering it may have killed workers meanwhile
-            chosen = self._choose(ask, cache_scope, tried)
+            decision = yield from self._decide(arrival)
         except errors.ApiError as error:
-            self._metrics.decisions.labels(route, str(error.status)).inc()
-            log_refusal(error, request_id, path)
-            if traced is not None:
-                traced.failed(error.status, error.code)
-            await send_error(error, request_id, send)
-            return
-        trace = b""
-        if traced is not None:
-            trace = traced.traceparent
-            traced.note(key=key.id, model=ask.model, worker=chosen.worker.beat.id, reason=chosen.reason)
-        salt = self._scopes.salt(cache_scope)
-        worker = chosen.worker
-        worker.sent += 1
-        took = time.perf_counter() - started
-        request = _Request(ask, body, key.id, request_id, cache_scope, salt, took, trace)
-        self._metrics.decision_seconds.observe(took)
-        timing = b'gateway;dur=%.2f;desc="%s"' % (took * 1e3, chosen.reason.encode())
-        if question is not None and self._answers is not None:
-            self._metrics.decisions.labels(route, "relay").inc()
-            collecting = Collecting(question, _explain(send, (b"server-timing", timing)), self._answers.max_bytes)
-            asked = rewrite(body, usage=True) if question.stream and not question.usage else body
-            with self._answers.flight(question, collecting):
-                await self._relay(worker, request, asked, scope, receive, collecting)
-        elif self._settings.edge == "nginx" and worker.beat.metered and alias is None:
-            self._decided[route].inc()
-            await self._accelerate(worker, request, len(tried.tried) + 1, timing, send)
+            decision = self._refuse(arrival, error)
+        except Exception as error:  # a bug of ours: the client gets our words, the log gets the cause
+            logger.exception("the path failed", request_id=arrival.request_id, path=arrival.path)
+            decision = self._refuse(arrival, errors.ApiError(f"The gateway failed ({type(error).__name__})."))
+        if arrival.traced is not None and not isinstance(decision, Relay):
+            arrival.traced.end()
+        return decision
+
+    def _decide(self, arrival: Arrival) -> Steps[Decision]:
+        if arrival.method != "POST":  # 1
+            raise errors.MethodNotAllowed(f"{arrival.path} takes POST, not {arrival.method}.")
+        key = yield from self._who(arrival)  # 2
+        if arrival.body is None:  # 3
+            assert arrival.read is not None  # noqa: S101 - an edge gives the body or the means
+            arrival.body = yield arrival.read(self._settings.max_body_bytes)
+        body = arrival.body
+        ask = decode(arrival.path, body, self._settings.max_n)  # 4
+        model = self._aliases.targets.get(ask.model, "")
+        tried = self._look_back(arrival)  # 5
+        self._refuse_poison(tried, body)
+        scope = self._scopes.of(key)
+        question: Question | None = None
+        if self._answers is not None and may_be_remembered(arrival.route, ask, body, arrival.headers):  # 6
+            name = model or ask.model
+            question = ask_question(arrival.route, ask, name, body, scope, self._table.revision(name))
+            if question is not None:
+                document, worth = yield from self._remember(arrival, question)
+                if document is not None and (said := question.render(document, arrival.request_id)) is not None:
+                    return self._replay(arrival, key, question, document, said)
+                if not worth:
+                    question = None
+                self._refuse_poison(tried, body)  # whoever was answering it may have killed workers meanwhile
+        chosen = self._choose(ask, model or ask.model, scope, tried)  # 7
+        return self._send(arrival, ask, model, key, scope, question, chosen)  # 8
+
+    # --- the steps, in their order ---------------------------------------------------------------
+
+    def _name(self, arrival: Arrival) -> None:
+        """Our uid and the client's label: new, or what an earlier attempt of this request was called."""
+        headers = arrival.headers
+        # Only nginx brings a context, and only from an earlier attempt; it passes none of a client's on.
+        told = context.decode(headers[CONTEXT]) if self._behind_nginx and CONTEXT in headers else None
+        if told is not None:
+            arrival.uid, arrival.request_id, arrival.attempt = told.uid, told.request_id, told.attempt + 1
+            arrival.answer = told.keep.name if told.keep is not None else None
         else:
-            self._metrics.decisions.labels(route, "relay").inc()
-            explained = _explain(send, (b"server-timing", timing), (HEADER, BYPASS))
-            await self._relay(worker, request, body, scope, receive, explained)
+            label = headers.get(b"x-request-id", b"")
+            arrival.uid = next(self._uids)
+            arrival.request_id = label.decode() if _REQUEST_ID.fullmatch(label) else arrival.uid
+        if self._tracing is not None:
+            arrival.traced = self._tracing.begin(arrival)
 
-    async def _remember(
-        self, question: Question, key: ApiKey, ask: Ask, request_id: bytes, started: float, send: Send
-    ) -> bool:
-        """Replay the answer to the same question, if there is one."""
-        assert self._answers is not None  # noqa: S101 - else there is no question
-        document = await self._answers.find(question)
-        if document is None or (body := render(question, document, request_id)) is None:
-            return False
-        self._metrics.decisions.labels(question.route, "answer").inc()
-        usage, took = document["usage"], time.perf_counter() - started
-        record = Record(
-            id=secrets.token_hex(8), request_id=request_id.decode(), key=key.id, model=ask.model, route=question.route,
-            worker=ANSWER_CACHE, started_at=time.time() - took, stream=question.stream, outcome="ok", status=200,
-            finish_reason=document["choices"][0]["finish_reason"], prompt_tokens=usage["prompt_tokens"],
-            cached_tokens=usage["prompt_tokens"], completion_tokens=usage["completion_tokens"],
-            decision_s=round(took, 6), ttft_s=round(took, 6), duration_s=round(took, 6),
-        )
-        self._meter.begin(record)
-        self._meter.end(record)
-        await replay(question, body, [
-            (b"x-request-id", request_id), (b"x-owngpt-worker", ANSWER_CACHE.encode()),
-            (b"server-timing", b'gateway;dur=%.2f;desc="answer"' % (took * 1e3)),
-        ], send)
-        return True
+    def _who(self, arrival: Arrival) -> Steps[ApiKey]:
+        """The key that asks, or for which one of our own services asks."""
+        credentials = bearer(arrival.headers)
+        authenticator = self._authenticator
+        if authenticator.is_service(credentials):
+            arrival.batch = True
+            owner = arrival.headers.get(b"x-owngpt-owner", b"").decode("latin-1")
+            owned: ApiKey = yield authenticator.owner(owner)
+            return owned
+        key: ApiKey = authenticator.cached(credentials) or (yield authenticator.check(credentials))
+        return key
 
-    async def _accelerate(
-        self, worker: Worker, request: "_Request", attempt: int, timing: bytes, send: Send
-    ) -> None:
-        """Tell nginx where to send the original request."""
-        await send({
-            "type": "http.response.start",
-            "status": 200,
-            "headers": [
-                (b"x-accel-redirect", b"@worker"),
-                (b"x-worker", worker.beat.address.encode()),
-                (b"x-worker-token", self._token),
-                (b"x-request-id", request.id),
-                (b"server-timing", timing),
-                (HEADER, BYPASS),
-                (b"content-length", b"0"),
-                *request.headers(attempt),
-            ],
-        })
-        await send({"type": "http.response.body", "body": b""})
+    def _look_back(self, arrival: Arrival) -> Attempts:
+        """Earlier attempts, as nginx tells of them."""
+        return attempts.read(arrival.headers) if self._behind_nginx else Attempts()
 
-    async def _relay(
-        self, worker: Worker, request: "_Request", body: bytes, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Carry the bytes of `body`, the request's own or what we made of it; on an early failure, choose again."""
-        tried = attempts.Attempts()
-        while True:
-            address = worker.beat.address
-            forwarded = {**scope, "headers": [
-                *[(n, v) for n, v in scope["headers"] if n not in _OURS],
-                *self._priority,
-                (b"x-request-id", request.id),
-                *request.headers(len(tried.tried) + 1),
-            ]}
-            upstream = Upstream(self._session, address, self._settings.worker_token)
-            app = upstream if worker.beat.metered else Metering(upstream, self._meter, worker.beat.id)
-            try:
-                await app(forwarded, _replay(body, receive), send)
-                return
-            except errors.UpstreamFailed as failure:
-                reason: attempts.Reason = "refused" if not failure.ran else "failed" if failure.answered else "died"
-                tried = attempts.Attempts((*tried.tried, address), tried.deaths + failure.ran, reason=reason)
-            try:
-                self._refuse_poison(tried, request.body)
-                worker = self._choose(request.ask, request.cache_scope, tried).worker
-                worker.sent += 1
-            except errors.ApiError as error:
-                self._metrics.decisions.labels(ROUTES[scope["path"]][0], str(error.status)).inc()
-                log_refusal(error, request.id, scope["path"])
-                await send_error(error, request.id, send)
-                return
-
-    def _refuse_poison(self, tried: attempts.Attempts, body: bytes) -> None:
+    def _refuse_poison(self, tried: Attempts, body: bytes) -> None:
         """Raise for a request that killed too many workers, or is held back because it did before."""
         if tried.timed_out:
             raise errors.GatewayTimeout("The worker did not answer in time.")
@@ -307,20 +193,27 @@ class RequestPath:
                 code="request_held_back", retry_after_s=self._settings.hold_back_s,
             )
 
-    def _choose(self, ask: Ask, cache_scope: str, tried: attempts.Attempts) -> routing.Route:
+    def _remember(self, arrival: Arrival, question: Question) -> Steps[tuple[dict[str, object] | None, bool]]:
+        """(the answer to the same question, whether this one's is worth keeping)."""
+        if self._answers is None or arrival.answer == question.name:
+            return None, True  # an earlier attempt of this request leads the question: others wait for this one
+        return (yield from self._answers.find(question))
+
+    def _choose(self, ask: Ask, model: str, scope: str, tried: Attempts) -> routing.Route:
         for address in tried.tried[-1:]:
             self._table.suspect(address)
             self._metrics.retries.labels(tried.reason).inc()
             logger.warning("worker failed a request", address=address, deaths=tried.deaths)
-        workers = self._table.serving(ask.model)
-        if not workers and not tried.tried:
-            self._explain_nobody(ask.model)
-        fresh = [worker for worker in workers if worker.beat.address not in tried.tried]
-        if not fresh or len(tried.tried) >= attempts.MAX_ATTEMPTS:
+        pool = self._table.serving(model)
+        if tried.tried:
+            pool = pool.without(tried.tried)
+        elif not pool.workers:
+            self._explain_nobody(model)
+        if not pool.workers or len(tried.tried) >= attempts.MAX_ATTEMPTS:
             if tried.deaths:
                 raise errors.UpstreamError("The worker died while it ran this request, and no other can take it.")
             raise errors.Unavailable("No worker could take the request.", retry_after_s=RETRY_AFTER_S)
-        return routing.choose(fresh, ask.model, cache_scope, ask.prefix, self._holders)
+        return routing.choose(pool, model, scope, ask.prefix, self._holders)
 
     def _explain_nobody(self, model: str) -> None:
         served = self._table.models()
@@ -331,78 +224,88 @@ class RequestPath:
             )
         raise errors.Unavailable("No worker is ready.", retry_after_s=RETRY_AFTER_S)
 
+    # --- the decisions ---------------------------------------------------------------------------
 
-def name_request(scope: Scope) -> bytes:
-    """The client's request id when it is a plain token, else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return bytes(value)
-    return secrets.token_hex(16).encode()
+    def _send(
+        self, arrival: Arrival, ask: Ask, model: str, key: ApiKey, scope: str, question: Question | None,
+        chosen: routing.Route,
+    ) -> Decision:
+        """To a worker: by nginx where there is one and the worker sees to the rest, else by the relay."""
+        worker = chosen.worker
+        worker.sent += 1
+        keep: Keep | None = None
+        if question is not None and self._answers is not None:
+            keep = self._answers.lead(question, arrival.uid, worker.beat.id)
+        traced = arrival.traced
+        took_s = time.perf_counter() - arrival.started
+        told = Context(
+            arrival.uid, arrival.request_id, key.id, arrival.attempt, self._scopes.salt(scope), model, arrival.batch,
+            round(took_s, 6), chosen.reason, traced.traceparent if traced is not None else "", keep,
+        )
+        self._metrics.decision_seconds.observe(took_s)
+        if traced is not None:
+            traced.note(key=key.id, model=model or ask.model, worker=worker.beat.id, reason=chosen.reason)
+        if self._behind_nginx and worker.beat.metered:
+            self._counted[arrival.route, "fast"].inc()
+            return Accelerate(worker, told)
+        self._counted[arrival.route, "relay"].inc()
+        assert arrival.body is not None  # noqa: S101 - read in step 3
+        return Relay(worker, told, ask, arrival.body, scope, traced)
+
+    def _replay(
+        self, arrival: Arrival, key: ApiKey, question: Question, document: dict[str, object], said: bytes
+    ) -> Replay:
+        """From memory: it leaves a record like every other."""
+        self._counted[arrival.route, "answer"].inc()
+        usage, choices, took_s = document["usage"], document["choices"], time.perf_counter() - arrival.started
+        assert isinstance(usage, dict)  # noqa: S101 - else it was not rendered
+        assert isinstance(choices, list)  # noqa: S101 - as above
+        record = Record(
+            id=arrival.uid, request_id=arrival.request_id, key=key.id, model=str(document["model"]),
+            route=arrival.route, worker=ANSWER_CACHE, started_at=time.time() - took_s, stream=question.stream,
+            batch=arrival.batch, outcome="ok", status=200, finish_reason=choices[0]["finish_reason"],
+            prompt_tokens=usage["prompt_tokens"], cached_tokens=usage["prompt_tokens"],
+            completion_tokens=usage["completion_tokens"], decision_s=round(took_s, 6), ttft_s=round(took_s, 6),
+            duration_s=round(took_s, 6),
+        )
+        self._meter.begin(record)
+        self._meter.end(record)
+        return Replay(arrival.request_id, question.stream, said, took_s)
+
+    def _refuse(self, arrival: Arrival, error: errors.ApiError) -> Refuse:
+        if arrival.answer is not None and self._answers is not None:
+            self._answers.failed(arrival.answer, arrival.uid)
+        if arrival.traced is not None:
+            arrival.traced.failed(error.status, error.code)
+        return self._refused(arrival.route, arrival.path, arrival.request_id, error)
+
+    def _refused(self, route: str, path: str, request_id: str, error: errors.ApiError) -> Refuse:
+        """Count an error, log it, and make it the decision."""
+        self._metrics.decisions.labels(route, str(error.status)).inc()
+        logger.log("WARNING" if error.status >= 500 else "INFO", "refused", request_id=request_id, path=path,
+                   status=error.status, code=error.code)
+        return Refuse(error, request_id)
+
+    def again(self, relay: Relay, path: str, tried: Attempts) -> Decision:
+        """After a relay's early failure: another worker, or an error."""
+        try:
+            self._refuse_poison(tried, relay.body)
+            told = relay.context
+            chosen = self._choose(relay.ask, told.model or relay.ask.model, relay.cache_scope, tried)
+        except errors.ApiError as error:
+            return self.give_up(relay, path, error)
+        chosen.worker.sent += 1
+        return relay._replace(worker=chosen.worker, context=_on(told, chosen))
+
+    def give_up(self, relay: Relay, path: str, error: errors.ApiError) -> Refuse:
+        """After a relay's last failure."""
+        told = relay.context
+        if told.keep is not None and self._answers is not None:
+            self._answers.failed(told.keep.name, told.uid)
+        return self._refused(ROUTES[path][0], path, told.request_id, error)
 
 
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes | None:
-    """The whole body, or None when the client left. Raises BodyTooLarge."""
-    for name, value in scope["headers"]:
-        if name == b"content-length" and int(value) > limit_bytes:
-            raise errors.BodyTooLarge(limit_bytes)
-    message = await receive()
-    if not message.get("more_body"):
-        return None if message["type"] == "http.disconnect" else message["body"]
-    parts, size = [message["body"]], len(message["body"])
-    while message.get("more_body"):
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message["body"])
-        size += len(message["body"])
-        if size > limit_bytes:
-            raise errors.BodyTooLarge(limit_bytes)
-    return b"".join(parts)
-
-
-def look_back(scope: Scope) -> attempts.Attempts:
-    """Earlier tries of this request, from nginx's headers."""
-    found: dict[bytes, str] = {}
-    for name, value in scope["headers"]:
-        if name.startswith(b"x-failed-"):
-            found[name] = value.decode("latin-1")
-    if not found:
-        return attempts.Attempts()
-    return attempts.read(
-        found.get(b"x-failed-worker", ""), found.get(b"x-failed-sent", ""), found.get(b"x-failed-status", "")
-    )
-
-
-def log_refusal(error: errors.ApiError, request_id: bytes, path: str) -> None:
-    """One line for a request that went to no worker."""
-    logger.log(
-        "WARNING" if error.status >= 500 else "INFO",
-        "refused", request_id=request_id.decode(), path=path, status=error.status, code=error.code,
-    )
-
-
-async def send_error(error: errors.ApiError, request_id: bytes, send: Send) -> None:
-    """Answer with an error."""
-    status, headers, body = errors.encode(error)
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"x-request-id", request_id)]})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    waiting = [body]
-
-    async def replayed() -> Message:
-        if waiting:
-            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
-        return await receive()
-
-    return replayed
-
-
-def _explain(send: Send, *headers: tuple[bytes, bytes]) -> Send:
-    async def explaining(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], *headers]
-        await send(message)
-
-    return explaining
+def _on(told: Context, chosen: routing.Route) -> Context:
+    """A request's context for its next attempt."""
+    keep = msgspec.structs.replace(told.keep, worker=chosen.worker.beat.id) if told.keep is not None else None
+    return msgspec.structs.replace(told, attempt=told.attempt + 1, reason=chosen.reason, keep=keep)

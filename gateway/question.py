@@ -1,24 +1,31 @@
-"""What makes two requests the same question."""
+"""What makes two requests the same question.
 
-from collections.abc import Callable
+A request may be answered from memory when its answer is determined (temperature 0, or a seed), or when its client says
+`X-OwnGPT-Cache: use`; never with `Cache-Control: no-store`. Two requests are the same question when the whole body is
+equal but for `IGNORED`, the model and adapter are the same files, and the cache scope is the same.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import msgspec
 
+from common.answers import transcript
 from common.answers.store import HEADER, PREFIX
+from common.answers.transcript import Document
 from gateway.decode import Ask
 
 IGNORED = frozenset({"stream", "stream_options", "user", "metadata"})
 """Fields that say nothing about the answer. Any other field, known or not, makes another question."""
 ROUTES = frozenset({"chat", "completions"})
 MAX_QUESTION_BYTES = 256 * 1024
-"""The relay holds a body while it is answered; a larger one takes the fast path."""
+"""Naming a question reads its body once more; a larger one is not worth it."""
 
 _decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Question:
     """What is asked (`name`), and in which shape the answer is wanted."""
 
@@ -26,43 +33,48 @@ class Question:
     route: str
     stream: bool
     usage: bool
-    fresh: Callable[[], bool] = lambda: True
-    """Whether the model is still the one that was asked: its workers may have been replaced meanwhile."""
+
+    def render(self, document: Document, request_id: str) -> bytes | None:
+        """An answer's bytes in the shape asked for, under the request's own id; None when that cannot be said."""
+        kind = "chatcmpl" if self.route == "chat" else "cmpl"
+        document = {**document, "id": f"{kind}-{request_id}"}
+        if self.stream:
+            return transcript.to_events(self.route, document, usage=self.usage)
+        return msgspec.json.encode(document)
 
 
-def ask_question(
-    route: str, ask: Ask, body: bytes, headers: list[tuple[bytes, bytes]], scope: str,
-    revision_of: Callable[[str], str],
-) -> Question | None:
-    """The question in a request; None when it must not be answered from memory.
+def may_be_remembered(route: str, ask: Ask, body: bytes, headers: Mapping[bytes, bytes]) -> bool:
+    """Whether a request wants an answer from memory."""
+    if route not in ROUTES:
+        return False
+    if ask.temperature != 0 and ask.seed is None and headers.get(HEADER) != b"use":
+        return False
+    return len(body) <= MAX_QUESTION_BYTES and b"no-store" not in headers.get(b"cache-control", b"")
 
-    `scope`: whose answers these are; `revision_of`: the digest of a model's files, empty when nobody knows it.
+
+def ask_question(route: str, ask: Ask, model: str, body: bytes, scope: str, revision: str) -> Question | None:
+    """The question in a request that may be remembered; None when its answer depends on more than it says.
+
+    `model`: what the request's model, maybe an alias, stands for; `scope`: whose answers these are; `revision`: the
+    digest of the model's files, empty when nobody knows it.
     """
-    if route not in ROUTES or len(body) > MAX_QUESTION_BYTES:
-        return None
-    wanted = ask.temperature == 0 or ask.seed is not None
-    for name, value in headers:
-        if name == HEADER and value == b"use":
-            wanted = True
-        elif name == b"cache-control" and b"no-store" in value:
-            return None
-    if not wanted or not (revision := revision_of(ask.model)):
+    if not revision:
         return None
     fields = _decode_raw(body)
     options = fields.get("stream_options")
     if options is not None and bytes(options) != b"null" and set(_decode_raw(options)) - {"include_usage"}:
         return None
+    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     digest = blake2b(digest_size=32, person=b"owngpt answer v1")
     for part in (route, scope, revision):
-        _feed(digest.update, part.encode())
+        _feed(digest, part.encode())
     for field in sorted(fields.keys() - IGNORED):
-        _feed(digest.update, field.encode())
-        _feed(digest.update, msgspec.json.format(bytes(fields[field]), indent=-1))
+        _feed(digest, field.encode())
+        _feed(digest, msgspec.json.format(bytes(fields[field]), indent=-1))
     usage = bool(ask.stream_options and ask.stream_options.include_usage)
-    stored_as, stream = PREFIX + digest.hexdigest(), bool(ask.stream)
-    return Question(stored_as, route, stream, usage, lambda: revision_of(ask.model) == revision)
+    return Question(PREFIX + digest.hexdigest(), route, bool(ask.stream), usage)
 
 
-def _feed(update: Callable[[bytes], None], part: bytes) -> None:
-    update(len(part).to_bytes(8, "little"))
-    update(part)
+def _feed(digest: blake2b, part: bytes) -> None:
+    digest.update(len(part).to_bytes(8, "little"))
+    digest.update(part)

@@ -14,8 +14,8 @@ from common.errors import GatewayTimeout, UpstreamFailed, encode_parts
 from common.metering.context import CONTEXT, TRACEPARENT
 from gateway.settings import Settings
 
-_PASSED = {b"content-type", b"x-request-id", b"x-vllm-priority", CONTEXT, TRACEPARENT}
-_RETURNED = {"content-type", "server-timing", "x-request-id", "x-owngpt-worker"}
+_PASSED = {b"content-type", b"x-request-id", CONTEXT, TRACEPARENT}
+_RETURNED = {"content-type", "server-timing", "x-request-id", "x-owngpt-worker", "x-owngpt-cache"}
 MAX_UPSTREAM_CONNECTIONS = 4096
 
 

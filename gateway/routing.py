@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
-from common.workers import Worker
+from common.workers import Pool, Worker
 
 PREFIX_BYTES = (16384, 4096, 1024)
 """Prefix lengths compared, deepest first. A prompt shorter than the last has no preferred worker."""
@@ -20,6 +20,9 @@ LOAD_RATIO = 1.25
 LOAD_SLACK = 4
 """A preferred worker may have at most LOAD_RATIO times the mean load *and* LOAD_SLACK above the least loaded:
 over both it is passed by (bounded loads, Mirrokni et al. 2016; the second margin keeps small numbers calm)."""
+LOOKED_AT = 8
+"""Loads compared for a choice. Of more workers, a stretch of a shuffled list from a random place on: nearly as even as
+comparing all (Mitzenmacher 2001, "The power of two choices"), at a cost that does not grow."""
 MAX_PREFIXES = 50_000
 MAX_HOLDERS = 8
 
@@ -55,26 +58,41 @@ class Holders:
             self._holders.popitem(last=False)
 
 
-def choose(workers: Sequence[Worker], model: str, scope: str, prompt: bytes, holders: Holders) -> Route:
-    """Pick one of `workers` (at least one) for a prompt, and remember it. `scope`: whose prefix cache it may use."""
-    if len(workers) == 1:
-        return Route(workers[0], "only")
+def choose(pool: Pool, model: str, scope: str, prompt: bytes, holders: Holders) -> Route:
+    """Pick a worker of `pool` (at least one) for a prompt, and remember it. `scope`: whose prefix cache it may use."""
+    if len(pool.workers) == 1:
+        return Route(pool.workers[0], "only")
+    seen = look_at(pool.workers)
+    if len(prompt) < PREFIX_BYTES[-1]:
+        return Route(least_loaded(seen), "least-in-flight")
     lengths = [length for length in PREFIX_BYTES if len(prompt) >= length]
     digests = [(length, prefix_digest(model, scope, prompt[:length])) for length in lengths]
-    route = _holder(workers, digests, holders) or Route(least_loaded(workers), "least-in-flight")
+    route = _holder(pool, seen, digests, holders) or Route(least_loaded(seen), "least-in-flight")
     for _, digest in digests:
         holders.note(digest, route.worker.beat.id)
     return route
 
 
-def _holder(workers: Sequence[Worker], digests: Sequence[tuple[int, bytes]], holders: Holders) -> Route | None:
-    if not digests:
-        return None
-    loads = [worker.load for worker in workers]
+def look_at(workers: Sequence[Worker]) -> Sequence[Worker]:
+    """At most LOOKED_AT of them."""
+    count = len(workers)
+    if count <= LOOKED_AT:
+        return workers
+    at = int(random.random() * count)  # noqa: S311 - balance, not secrecy
+    seen = workers[at : at + LOOKED_AT]
+    return seen if len(seen) == LOOKED_AT else [*seen, *workers[: LOOKED_AT - len(seen)]]
+
+
+def _holder(
+    pool: Pool, seen: Sequence[Worker], digests: Sequence[tuple[int, bytes]], holders: Holders
+) -> Route | None:
+    loads = [worker.load for worker in seen]
     limit = max(LOAD_RATIO * sum(loads) / len(loads), min(loads) + LOAD_SLACK)
     for length, digest in digests:
-        ids = holders.of(digest)
-        warm = [worker for worker in workers if worker.beat.id in ids and worker.load <= limit] if ids else []
+        warm = [
+            worker for worker_id in holders.of(digest)
+            if (worker := pool.by_id.get(worker_id)) is not None and worker.load <= limit
+        ]
         if warm:
             return Route(least_loaded(warm), f"prefix-{length}")
     return None

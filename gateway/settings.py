@@ -20,11 +20,13 @@ class Settings(StateSettings):
         "nginx", description="nginx: answer with X-Accel-Redirect; none: relay the bytes ourselves"
     )
     worker_token_file: Path
+    service_token_file: Path
     cache_secret_file: Path
+    answer_secret_file: Path
     cache_redis_url: str = Field("", pattern=r"^((redis|rediss|unix)://.*)?$", description="redis-cache")
     cache_scope: Literal["key", "all"] = Field("key", description="who shares cached answers and KV blocks")
     answer_cache: Literal["on", "off"] = "on"
-    answer_ttl_s: int = Field(3600, ge=1, description="how long an answer that nobody asks for is kept")
+    answer_ttl_s: int = Field(3600, ge=1, description="how long an answer is kept")
     answer_max_bytes: int = Field(256 * 1024, ge=1024)
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     max_n: int = Field(16, ge=1)
@@ -33,7 +35,7 @@ class Settings(StateSettings):
     otlp_traces_endpoint: str = Field("", description="where traces go (OTLP over HTTP); empty: nobody traces")
     hold_back_s: int = Field(60, ge=1, description="how long a request that killed two workers is refused")
 
-    @field_validator("worker_token_file", "cache_secret_file")
+    @field_validator("worker_token_file", "service_token_file", "cache_secret_file", "answer_secret_file")
     @classmethod
     def _secrets_readable(cls, path: Path) -> Path:
         read_secret(path)
@@ -41,8 +43,18 @@ class Settings(StateSettings):
 
     @cached_property
     def cache_secret(self) -> str:
-        """What keys the cache scopes' salts and the checksums of answers."""
+        """What keys the cache scopes' salts."""
         return read_secret(self.cache_secret_file)
+
+    @cached_property
+    def answer_secret(self) -> str:
+        """What keys the checksums of answers; workers have it as well."""
+        return read_secret(self.answer_secret_file)
+
+    @cached_property
+    def service_token(self) -> str:
+        """By which our own services are known: they ask in the name of a key's owner."""
+        return read_secret(self.service_token_file)
 
     @cached_property
     def worker_token(self) -> str:

@@ -5,6 +5,8 @@ The span covers what the gateway does itself: on the fast path the decision, on 
 its child. No prompt, no answer, no key: ids and names alone.
 """
 
+from typing import TYPE_CHECKING
+
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Span, TracerProvider
@@ -12,8 +14,10 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from common.asgi import Scope
 from common.metering.context import TRACEPARENT
+
+if TYPE_CHECKING:
+    from gateway.path import Arrival
 
 _propagator = TraceContextTextMapPropagator()
 
@@ -24,7 +28,7 @@ class Traced:
     def __init__(self, span: Span) -> None:
         self._span = span
         context = span.get_span_context()
-        self.traceparent = b"00-%032x-%016x-%02x" % (context.trace_id, context.span_id, context.trace_flags)
+        self.traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
     def note(self, **attributes: str) -> None:
         """Attributes, prefixed with `owngpt.`."""
@@ -51,16 +55,17 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=5)))
         self._tracer = self._provider.get_tracer("gateway")
 
-    def begin(self, scope: Scope, route: str, request_id: bytes) -> Traced:
+    def begin(self, arrival: "Arrival") -> Traced:
         """A span for a request; a client's own `traceparent` becomes its parent."""
-        carrier = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name == TRACEPARENT}
+        parent = arrival.headers.get(TRACEPARENT)
+        carrier = {TRACEPARENT.decode(): parent.decode("latin-1")} if parent is not None else None
         span = self._tracer.start_span(
-            f"{scope['method']} {scope['path']}", context=_propagator.extract(carrier) if carrier else None,
+            f"{arrival.method} {arrival.path}", context=_propagator.extract(carrier) if carrier else None,
             kind=SpanKind.SERVER,
         )
         assert isinstance(span, Span)  # noqa: S101 - the SDK's provider makes no other
         traced = Traced(span)
-        traced.note(route=route, request_id=request_id.decode())
+        traced.note(route=arrival.route, request_id=arrival.request_id)
         return traced
 
     def close(self) -> None:

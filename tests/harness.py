@@ -63,7 +63,7 @@ class Stack:
         worker_ports: Sequence[int] = (),
     ) -> None:
         self.folder, self.edge, self.prefix = folder, edge, list(prefix)
-        free = iter(free_ports(22))
+        free = iter(free_ports(24))
         self.port = next(free)
         self.ports = Ports.take(free, 12)
         if worker_ports:
@@ -76,7 +76,8 @@ class Stack:
         write_configs(self.dials, self.ports)
         self.start_redis()
         self.start_cache()
-        self.gateway_args = ["--port", str(self.gateway_port), "--processes", str(processes)]
+        self.gateway_args = ["--port", str(self.gateway_port), "--socket", str(self.dials.gateway_socket),
+                             "--processes", str(processes)]
         self.start_gateway()
         if edge == "nginx":
             run_dir = str(self.dials.run_dir)
@@ -88,10 +89,9 @@ class Stack:
     def env(self, who: str) -> dict[str, str]:
         secrets = self.dials.secrets / who
         return os.environ | {
-            "REDIS_URL": self.dials.redis_url, "REDIS_PASSWORD_FILE": str(secrets / "redis_password"),
-            "WORKER_TOKEN_FILE": str(secrets / "worker_token"), "PYTHONPATH": str(ROOT), "EDGE": self.edge,
+            "REDIS_URL": self.dials.redis_url, "PYTHONPATH": str(ROOT), "EDGE": self.edge,
             "HOLD_BACK_S": "5", "CACHE_REDIS_URL": self.dials.cache_redis_url,
-            "CACHE_SECRET_FILE": str(self.dials.secrets / "gateway/cache_secret"),
+            **{f"{path.name.upper()}_FILE": str(path) for path in secrets.iterdir() if path.suffix == ""},
         }
 
     def spawn(self, name: str, command: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from services.local.plan import Dials, Ports, find_nginx, write_configs
+from services.secrets.__main__ import make
 
 
 def main() -> int:
@@ -14,6 +15,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         dials = Dials(state=Path(folder), model="m", model_name="m", workers=1)
         dials.run_dir.mkdir(mode=0o700, exist_ok=True)
+        make(dials.secrets)
         write_configs(dials, Ports.take(itertools.count(8001), 1))
         config = str(dials.run_dir / "nginx.conf")
         command = [find_nginx(), "-t", "-q", "-p", str(dials.run_dir), "-e", "stderr", "-c", config]

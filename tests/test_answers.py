@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter
 
 from common.answers import transcript
-from common.answers.store import HEADER
+from common.answers.store import HEADER, Stored
 from common.keys import make
 from common.metering.rewrite import rewrite
-from gateway.answers import Answers, render
+from gateway.answers import Answers, Flight
 from gateway.decode import Ask, decode
 from gateway.isolation import Scopes
-from gateway.question import IGNORED, MAX_QUESTION_BYTES, Question, ask_question
+from gateway.question import IGNORED, MAX_QUESTION_BYTES, Question, ask_question, may_be_remembered
+from gateway.steps import run
 from tests.harness import Stack, body, running, wait_for
 
 CHAT = "/v1/chat/completions"
@@ -32,7 +33,10 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers(-(2**70), 2**70) | s
 
 def question(document: dict | bytes, *headers: tuple[bytes, bytes], scope: str = "s", revision: str = "r") -> Question | None:
     raw = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return ask_question("chat", decode(CHAT, raw, 16), raw, list(headers), scope, lambda _: revision)
+    ask = decode(CHAT, raw, 16)
+    if not may_be_remembered("chat", ask, raw, dict(headers)):
+        return None
+    return ask_question("chat", ask, ask.model, raw, scope, revision)
 
 
 class TestQuestion:
@@ -83,13 +87,10 @@ class TestQuestion:
     def test_a_large_body_takes_the_fast_path(self) -> None:
         assert question({**BASE, "messages": [{"role": "user", "content": "x" * MAX_QUESTION_BYTES}]}) is None
 
-    def test_a_model_replaced_meanwhile_is_noticed(self) -> None:
-        raw, now = json.dumps(BASE).encode(), ["r1"]
-        asked = ask_question("chat", decode(CHAT, raw, 16), raw, [], "s", lambda _: now[0])
-        assert asked is not None
-        assert asked.fresh()
-        now[0] = "r2"
-        assert not asked.fresh()
+    def test_an_alias_asks_what_its_model_is_asked(self) -> None:
+        raw = json.dumps({**BASE, "model": "alias"}).encode()
+        asked = ask_question("chat", decode(CHAT, raw, 16), "m", raw, "s", "r")
+        assert asked.name == question(BASE).name  # type: ignore[union-attr]
 
     def test_an_unknown_revision_is_never_cached(self) -> None:
         assert question(BASE, revision="") is None
@@ -167,8 +168,8 @@ class TestTranscript:
         document = {**END, "object": "chat.completion", "choices": [{"index": 0, "finish_reason": "stop", "message": {
             "role": "assistant", "content": "a", "annotations": [{"x": 1}]}}]}
         asked = Question("n", "chat", True, False)
-        assert render(asked, document, b"r") is None
-        assert render(Question("n", "chat", False, False), document, b"r") is not None
+        assert asked.render(document, "r") is None
+        assert Question("n", "chat", False, False).render(document, "r") is not None
 
 
 class TestScopes:
@@ -275,6 +276,35 @@ class TestStack:
         workers = [json.loads(f["r"])["worker"] for _, f in shared.redis().xrange("usage")[before:]]
         assert workers.count("answer-cache") == 11
 
+    def test_a_slow_reader_holds_nobody_up(self, shared: Stack) -> None:
+        """Whoever asks the same waits for the stored answer, not for the first one's client (B10)."""
+        with shared.client() as client, client.stream("POST", CHAT, json=body("say 2000 slowly", temperature=0, stream=True)) as leader:
+            assert leader.headers["x-owngpt-cache"] == "miss"
+            began = time.monotonic()
+            with concurrent.futures.ThreadPoolExecutor(3) as pool:
+                found = list(pool.map(lambda _: ask(shared, "say 2000 slowly", stream=True), range(3)))
+            took_s = time.monotonic() - began
+            assert [cache_of(r) for r in found] == [["hit"]] * 3
+            unread = leader.read()  # only now does the first client read
+            assert text(found[0]) == text(leader)
+            assert len(unread) > 100_000
+        assert took_s < 15
+
+    def test_many_failures_in_a_row_are_one_after_the_other(self, shared: Stack) -> None:
+        """The first client leaves; of those who wait one goes on, and the others wait for that one."""
+        before = len(shared.redis().xrange("usage"))
+        with concurrent.futures.ThreadPoolExecutor(6) as pool, shared.client() as client:
+            with pytest.raises(httpx.ReadTimeout):
+                first = pool.submit(lambda: client.post(CHAT, json=body("slow 1 row", temperature=0), timeout=0.3))
+                time.sleep(0.1)
+                others = [pool.submit(ask, shared, "slow 1 row") for _ in range(5)]
+                first.result()
+            found = [other.result() for other in others]
+        assert sorted(said for r in found for said in cache_of(r)) == ["hit"] * 4 + ["miss"]
+        wait_for(lambda: len(shared.redis().xrange("usage")) >= before + 6, "records")
+        workers = [json.loads(f["r"])["worker"] for _, f in shared.redis().xrange("usage")[before:]]
+        assert workers.count("answer-cache") == 4, "two ran on workers: the first, and one of the others"
+
     def test_errors_are_not_kept_and_do_not_hold_others_up(self, shared: Stack) -> None:
         began = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
@@ -318,7 +348,7 @@ def question_name(stack: Stack, script: str) -> str:
     """The name under which the stack keeps an answer, computed anew."""
     raw = json.dumps(body(script, temperature=0), separators=(",", ":")).encode()
     scopes = Scopes((stack.dials.secrets / "gateway/cache_secret").read_text().strip(), "key")
-    found = ask_question("chat", decode(CHAT, raw, 16), raw, [], scopes.of(stack.record), lambda _: "r1")
+    found = ask_question("chat", decode(CHAT, raw, 16), "fake", raw, scopes.of(stack.record), "r1")
     assert found is not None
     return found.name
 
@@ -365,41 +395,120 @@ class TestFaults:
             assert "cache_salt" not in ask(stack, "echo body", temperature=1).json()
 
 
-def test_until_redis_has_an_answer_it_is_given_from_here() -> None:
-    """Whoever asks the same while the answer is on its way into redis-cache is no miss."""
-    said = {"choices": [{"index": 0}], "usage": {}}
+class FakeStore:
+    """A store in memory, as slow as it is told."""
 
-    class Slow:
-        """A redis that takes a value only when it is told to."""
+    def __init__(self) -> None:
+        self.found: dict[str, Stored] = {}
+        self.reads: list[list[str]] = []
+        self.away = False
 
-        def __init__(self) -> None:
-            self.go, self.kept = asyncio.Event(), 0
-
-        async def getex(self, name: str, ex: int) -> None: ...
-
-        async def set(self, name: str, value: bytes, ex: int) -> None:
-            await self.go.wait()
-            self.kept += 1
-
-    class Collected:
-        def document(self) -> dict:
-            return said
-
-    async def ask() -> None:
-        redis, registry = Slow(), CollectorRegistry()
-        count = Counter("x", "x", ("result",), registry=registry)
-        answers = Answers(redis, "s" * 40, 60, 10_000, count)  # type: ignore[arg-type]
-        asked = question(BASE)
-        assert asked is not None
-        assert await answers.find(asked) is None
-        with answers.flight(asked, Collected()):  # type: ignore[arg-type]
-            pass
-        assert await answers.find(asked) == said
-        redis.go.set()
-        await asyncio.gather(*answers._writing)
+    async def read(self, names: list[str]) -> list[Stored | None]:
+        self.reads.append(list(names))
         await asyncio.sleep(0)
-        assert redis.kept == 1
-        assert answers._flights == {}
-        assert registry.get_sample_value("x_total", {"result": "joined"}) == 1
+        return [self.found.get(name) for name in names]
 
-    asyncio.run(ask())
+    async def close(self) -> None: ...
+
+
+SAID = {"choices": [{"index": 0}], "usage": {}}
+
+
+class TestFlights:
+    """Whoever asks what is being answered waits for the stored answer; when there will be none, one goes on alone."""
+
+    def answers(self) -> tuple[Answers, FakeStore, dict[str, bool | None]]:
+        store, running = FakeStore(), dict[str, bool | None]()
+
+        async def is_running(worker_id: str, uid: str) -> bool | None:
+            return running.get(uid, False)
+
+        count = Counter("x", "x", ("result",), registry=CollectorRegistry())
+        return Answers(store, is_running, count, 60, 10_000, 30.0), store, running  # type: ignore[arg-type]
+
+    def test_look_ups_of_one_turn_are_one_round_trip(self) -> None:
+        async def ask() -> None:
+            answers, store, _ = self.answers()
+            asked = [Question(f"q{i % 5}", "chat", False, False) for i in range(20)]
+            assert await asyncio.gather(*(run(answers.find(q)) for q in asked)) == [(None, True)] * 20
+            assert store.reads == [["q0", "q1", "q2", "q3", "q4"]]
+
+        asyncio.run(ask())
+
+    def test_followers_get_the_stored_answer(self) -> None:
+        async def ask() -> None:
+            answers, store, running = self.answers()
+            question, running["u"] = Question("q", "chat", False, False), True
+            assert await run(answers.find(question)) == (None, True)
+            answers.lead(question, "u", "w")
+            waiting = [asyncio.create_task(run(answers.find(question))) for _ in range(5)]
+            await asyncio.sleep(0.1)
+            waiting.pop().cancel()  # whoever leaves takes nobody with it
+            store.found["q"] = Stored(SAID)
+            assert await asyncio.gather(*waiting) == [(SAID, False)] * 4
+            assert answers._flights == {}
+
+        asyncio.run(ask())
+
+    @pytest.mark.parametrize("how", ["lost", "refused", "nobody knows"])
+    def test_one_goes_on_alone_when_the_first_fails(self, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("gateway.answers.GRACE_S", 0.0)
+        monkeypatch.setattr("gateway.answers.UNKNOWN_S", 0.1)
+
+        async def ask() -> None:
+            answers, _, running = self.answers()
+            question, running["u0"] = Question("q", "chat", False, False), None if how == "nobody knows" else how != "lost"
+            answers.lead(question, "u0", "w")
+            led: list[str] = []
+
+            async def follow(uid: str) -> None:
+                document, worth = await run(answers.find(question))
+                assert (document, worth) == (None, True)
+                assert "q" not in answers._flights, "one at a time"
+                answers.lead(question, uid, "w")
+                running[uid] = True
+                led.append(uid)
+                await asyncio.sleep(0.05)
+                answers.failed("q", uid)
+
+            waiting = [asyncio.create_task(follow(f"u{i}")) for i in range(1, 4)]
+            await asyncio.sleep(0.05)
+            if how == "refused":
+                answers.failed("q", "u0")
+            await asyncio.gather(*waiting)
+            assert len(led) == 3
+
+        asyncio.run(ask())
+
+    def test_nobody_waits_for_what_is_not_kept(self) -> None:
+        async def ask() -> None:
+            answers, store, running = self.answers()
+            question, running["u"] = Question("q", "chat", False, False), True
+            answers.lead(question, "u", "w")
+            waiting = [asyncio.create_task(run(answers.find(question))) for _ in range(5)]
+            await asyncio.sleep(0.05)
+            store.found["q"] = Stored(None)
+            assert await asyncio.gather(*waiting) == [(None, False)] * 5, "all at once, each alone, none to be kept"
+
+        asyncio.run(ask())
+
+    def test_another_attempt_of_the_first_keeps_the_others_waiting(self) -> None:
+        answers, _, _ = self.answers()
+        question = Question("q", "chat", False, False)
+        assert answers.lead(question, "u", "w1").worker == "w1"
+        assert answers.lead(question, "u", "w2").worker == "w2"
+        assert answers._flights["q"] == Flight("u", "w2", answers._flights["q"].since)
+        assert answers.lead(question, "other", "w1").worker == "w1"
+        assert answers._flights["q"].uid == "u"
+        answers.failed("q", "other")
+        assert "q" in answers._flights
+
+    def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("gateway.answers.MAX_FLIGHTS", 10)
+        answers, _, _ = self.answers()
+        for number in range(30):
+            answers.lead(Question(f"q{number}", "chat", False, False), f"u{number}", "w")
+        assert list(answers._flights) == [f"q{number}" for number in range(20, 30)]
+        answers._longest_s = 0.0
+        answers.tend()
+        assert answers._flights == {}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from services.jobs import lines
-from services.jobs.pace import GAP_S, MIN_SAMPLES, QUIET_S, REST_S, SHARED_START, Pace
-from services.jobs.results import Result, Results
+from services.jobs import batch_input
+from services.jobs.batch_limit import GAP_S, MIN_SAMPLES, QUIET_S, REST_S, SHARED_START, BatchLimit
+from services.jobs.batch_results import Result, Results
 
 CHAT = "/v1/chat/completions"
 
@@ -19,7 +19,7 @@ def row(name: str, **fields: object) -> dict:
 def check(tmp_path: Path, *rows: object) -> tuple:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
-    return lines.check(path, CHAT, {"m", "ft:m"})
+    return batch_input.check(path, CHAT, {"m", "ft:m"})
 
 
 class TestLines:
@@ -29,7 +29,7 @@ class TestLines:
         assert (problems, used) == ([], {"m"})
         assert [line.custom_id for line in found] == [f"r{i}" for i in range(20)]
         for line, sent in zip(found, rows, strict=True):
-            assert json.loads(lines.body(tmp_path / "in.jsonl", line)) == sent["body"]
+            assert json.loads(batch_input.body(tmp_path / "in.jsonl", line)) == sent["body"]
 
     @pytest.mark.parametrize(("bad", "code"), [
         (b"{", "invalid_json_line"), (b"[]", "invalid_json_line"),
@@ -82,14 +82,14 @@ class TestResults:
         assert (tmp_path / "good").read_bytes() == whole
 
 
-class TestPace:
-    def pace(self) -> tuple[Pace, list[float]]:
+class TestLimit:
+    def pace(self) -> tuple[BatchLimit, list[float]]:
         now = [100.0]
-        pace = Pace(clock=lambda: now[0])
+        pace = BatchLimit(clock=lambda: now[0])
         pace.learn([0.1] * MIN_SAMPLES)
         return pace, now
 
-    def idle(self, pace: Pace, now: list[float], looks: int) -> None:
+    def idle(self, pace: BatchLimit, now: list[float], looks: int) -> None:
         for _ in range(looks):
             now[0] += 0.1
             pace.look(slots=64, interactive=0, ttfts_s=[])

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import socket
 import time
 
@@ -135,12 +134,16 @@ def test_no_worker_is_a_503_with_retry_after(stack: Stack) -> None:
 
 def test_clients_cannot_steer_with_internal_headers(shared: Stack) -> None:
     evil = {"x-failed-worker": "127.0.0.1:1", "x-failed-sent": "1 : 99 : 1 : 99", "x-failed-status": "200 : 502 : 200 : 502",
-            "x-worker": "127.0.0.1:1", "x-accel-redirect": "/health", "x-owngpt-context": "admin 9", "x-worker-token": "x"}
+            "x-worker": "127.0.0.1:1", "x-accel-redirect": "/health", "x-owngpt-owner": "owngpt",
+            "x-owngpt-context": '{"uid":"u","request_id":"r","key":"owngpt","batch":true}', "x-vllm-priority": "-5"}
     with shared.client() as client:
         seen = client.post(CHAT, json=body("echo headers"), headers=evil).json()
-    assert re.fullmatch(f"{shared.record.id} 1 [0-9a-f]{{32}} [0-9]+", seen["x-owngpt-context"])
+    record = shared.records()[-1]
+    assert (record["key"], record["attempt"], record["batch"]) == (shared.record.id, 1, False)
+    assert "x-owngpt-context" not in seen
     assert "x-failed-worker" not in seen
     assert "x-accel-redirect" not in seen
+    assert "x-vllm-priority" not in seen
     assert shared.key not in str(seen)
 
 

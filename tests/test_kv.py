@@ -388,7 +388,7 @@ class TestWire:
 
     def test_the_worker_user_may_do_nothing_else(self, cache: Cache) -> None:
         client = cache.client("worker")
-        for command in (["get", "kv:a"], ["set", "answer:a", "x"], ["strlen", "answer:a"], ["flushall"], ["keys", "*"], ["config", "get", "*"]):
+        for command in (["get", "kv:a"], ["set", "other:a", "x"], ["strlen", "answer:a"], ["getex", "answer:a"], ["flushall"], ["keys", "*"], ["config", "get", "*"]):
             with pytest.raises(Exception, match=r"(?i)permission"):
                 client.execute_command(*command)
 

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 
 from common.records import Record
 from common.redis.connect import connect
-from common.redis.names import cost_key, used_key
+from common.redis.names import LEDGER_CURSOR, cost_key, used_key
+from common.redis.scripts import APPLY
 from common.workers import Heartbeat, Worker
-from services.ledger import books, neighbours
-from services.ledger.books import ALL, KINDS, add_up, by_model
+from services.ledger import neighbours
+from services.ledger import usage as books
 from services.ledger.costs import MAX_GAP_S, Costs
-from services.ledger.pulse import LastMinute, Speeds
+from services.ledger.live import LastMinute, Speeds
 from services.ledger.settings import LedgerSettings
+from services.ledger.usage import ALL, KINDS, add_up, by_model
 from tests.harness import Stack, wait_for
 
 NOON = datetime(2026, 11, 25, 12, tzinfo=UTC).timestamp()
@@ -93,7 +95,7 @@ def test_every_record_is_counted_once_whatever_is_killed(stack: Stack) -> None:
     async def again() -> int:
         # A second reader that still believes in the old cursor changes nothing.
         redis = connect(settings(stack))
-        done = await redis.eval(books.APPLY, 2, books.CURSOR, used_key(books.today(), "x"), "0-0", "9-0", "60", "2", "m|requests", "5")
+        done = await redis.eval(APPLY, 2, LEDGER_CURSOR, used_key(books.today(), "x"), "0-0", "9-0", "60", "2", "m|requests", "5")
         await redis.aclose()
         return int(done)
 
@@ -188,7 +190,7 @@ def test_the_last_minute_forgets() -> None:
     now = [NOON + 30]
     minute = LastMinute(lambda: now[0])
     minute.add([record(ttft_s=0.5, stream=True, prompt_tokens=100, cached_tokens=25, request_id="r1"),
-                record(ttft_s=9.0, stream=True, request_id="batch-1"), record(outcome="stream_error")])
+                record(ttft_s=9.0, stream=True, batch=True), record(outcome="stream_error")])
     shown = minute.public()
     assert (shown["requests"], shown["failed"], shown["ttft_p50_s"], shown["cached_share"]) == (3, 1, 0.5, 0.25)
     now[0] += 60

@@ -134,7 +134,8 @@ def test_kill_under_load_fails_nothing_and_loses_no_record(stack: Stack) -> None
     records = stack.records()
     # A request that ended in the very millisecond of the kill may be recorded as lost: docs/architecture.md, limits.
     assert count - 1 <= sum(r["outcome"] == "ok" for r in records) <= count
-    assert len({r["id"] for r in records}) == len(records)
+    assert len({(r["id"], r["attempt"]) for r in records}) == len(records)
+    assert len({r["id"] for r in records}) == count, "a request keeps its id over its attempts"
     lost = [r for r in records if r["outcome"] == "upstream_error"]
     assert all(r["worker"] == "w1" for r in lost)
     assert any(r.get("attempt") == 2 for r in records)

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import keys
 from common.errors import ApiError, InvalidRequest
 from common.metering.metered import Metering
 from common.metering.rewrite import rewrite
 from common.records import Record
 from common.settings import read_secret
-from common.workers import Heartbeat, Model, Worker, WorkerTable
-from gateway import attempts, keys, routing
+from common.workers import Heartbeat, Model, Pool, Worker, WorkerTable
+from gateway import attempts, routing
 from gateway.decode import decode
 from gateway.settings import Settings
 from services.gpu_exporter.settings import ExporterSettings
@@ -35,7 +36,7 @@ def worker(name: str, load: int = 0, state: str = "ready", models: tuple[str, ..
 
 
 def choose(workers: list[Worker], prompt: bytes, holders: routing.Holders, scope: str = "s") -> routing.Route:
-    return routing.choose(workers, "m", scope, prompt, holders)
+    return routing.choose(Pool(workers), "m", scope, prompt, holders)
 
 
 class TestRouting:
@@ -92,6 +93,23 @@ class TestRouting:
             assert chosen.load <= max(routing.LOAD_RATIO * sum(now) / len(now), min(now) + routing.LOAD_SLACK)
             chosen.sent += 1
 
+    def test_a_thousand_workers_are_loaded_evenly(self) -> None:
+        pool, holders = Pool([worker(f"w{i}") for i in range(1000)]), routing.Holders()
+        for _ in range(20_000):
+            routing.choose(pool, "m", "s", b"", holders).worker.sent += 1
+        loads = sorted(w.load for w in pool.workers)
+        assert sum(loads) == 20_000
+        assert loads[-1] <= 24, "20 each on average"
+        assert loads[10] >= 15
+
+    def test_of_a_thousand_a_prefix_still_finds_its_holder(self) -> None:
+        pool, holders = Pool([worker(f"w{i}") for i in range(1000)]), routing.Holders()
+        first = routing.choose(pool, "m", "s", b"x" * 5000, holders).worker
+        for _ in range(20):
+            assert routing.choose(pool, "m", "s", b"x" * 5000, holders) == (first, "prefix-4096")
+        first.sent = 50
+        assert routing.choose(pool, "m", "s", b"x" * 5000, holders).worker is not first
+
     def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(routing, "MAX_PREFIXES", 10)
         holders = routing.Holders()
@@ -112,24 +130,41 @@ class TestTable:
         table = WorkerTable(lambda: now[0])
         table.take(self.beat("a"))
         table.take(self.beat("b"))
-        assert len(table.serving("m")) == 2
+        assert len(table.serving("m").workers) == 2
         table.take(self.beat("a", "stalled"))
-        assert [w.beat.id for w in table.serving("m")] == ["b"]
+        assert [w.beat.id for w in table.serving("m").workers] == ["b"]
         table.take(self.beat("b", "draining"))
-        assert [w.beat.id for w in table.serving("m")] == ["a"], "a stalled worker is better than none"
+        assert [w.beat.id for w in table.serving("m").workers] == ["a"], "a stalled worker is better than none"
         table.take(self.beat("a"))
         table.suspect("a:1")
         table.take(self.beat("b"))
-        assert [w.beat.id for w in table.serving("m")] == ["b"]
+        assert [w.beat.id for w in table.serving("m").workers] == ["b"]
         now[0] = 2.5
         table.take(self.beat("a"))
-        assert len(table.serving("m")) == 2
+        assert len(table.serving("m").workers) == 2
         now[0] = 4.0
         table.expire()
-        assert [w.beat.id for w in table.serving("m")] == ["a"]
+        assert [w.beat.id for w in table.serving("m").workers] == ["a"]
         table.take(self.beat("a", "gone"))
-        assert table.serving("m") == []
+        assert table.serving("m").workers == []
         table.take(b"{nonsense")
+
+    def test_what_requests_ask_for_is_worked_out_on_change_only(self) -> None:
+        table = WorkerTable()
+        for name in "abc":
+            table.take(self.beat(name))
+        pool, models = table.serving("m"), table.models()
+        table.take(self.beat("a", in_flight=7))
+        assert table.serving("m") is pool, "new numbers are no change"
+        assert table.models() is models
+        assert pool.by_id["a"].load == 7
+        for change in (self.beat("a", "stalled"), self.beat("a", "gone"), self.beat("d")):
+            before = table.serving("m")
+            table.take(change)
+            assert table.serving("m") is not before
+        for number in range(1000):
+            assert table.serving(f"nobody has {number}").workers == []
+        assert len(table._pools) == 1, "names that clients make up are not kept"
 
     def test_load_never_leaks(self) -> None:
         table = WorkerTable()
@@ -140,23 +175,29 @@ class TestTable:
         assert table.workers["a"].load == 0
 
 
+def told(failed: str, sent: str = "", status: str = "") -> attempts.Attempts:
+    """What nginx' headers say."""
+    names = (b"x-failed-worker", b"x-failed-sent", b"x-failed-status")
+    return attempts.read(dict(zip(names, (text.encode("latin-1", "replace") for text in (failed, sent, status)), strict=True)))
+
+
 class TestAttempts:
     def test_refused_then_died(self) -> None:
-        seen = attempts.read(" a:1 b:1", "300 : 0 : 350 : 512", "200 : 502 : 200 : 502")
+        seen = told(" a:1 b:1", "300 : 0 : 350 : 512", "200 : 502 : 200 : 502")
         assert seen == attempts.Attempts(("a:1", "b:1"), 1, False, "died")
 
     def test_a_retried_connection_counts_once(self) -> None:
-        assert attempts.read("a:1", "0, 300 : 0, 900", "502, 200 : 502, 502").deaths == 1
+        assert told("a:1", "0, 300 : 0, 900", "502, 200 : 502, 502").deaths == 1
 
     def test_refusal_by_the_engine_is_no_death(self) -> None:
-        assert attempts.read("a:1", "300 : 900", "200 : 503").deaths == 0
+        assert told("a:1", "300 : 900", "200 : 503").deaths == 0
 
     def test_timeout(self) -> None:
-        assert attempts.read("a:1", "300 : 900", "200 : 504").timed_out
+        assert told("a:1", "300 : 900", "200 : 504").timed_out
 
     @given(st.text(), st.text(), st.text())
     def test_anything_parses(self, failed: str, sent: str, status: str) -> None:
-        attempts.read(failed, sent, status)
+        told(failed, sent, status)
 
 
 class TestKeys:
@@ -257,6 +298,30 @@ class TestMetering:
         assert b"null" not in changed
         rest = body.split(b'"x":')[-1] if b'"x"' in body else b""
         assert rest.rstrip(b"}") in changed
+
+    @settings(max_examples=200)
+    @given(st.lists(st.integers(0, 600), max_size=12), st.booleans(), st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.booleans())
+    def test_streams_of_any_engine(self, cuts: list[int], hide: bool, end: bytes, spaced: bool, tight: bool) -> None:
+        """LF or CRLF, a space after `data:` or none, spaces in the JSON or none: the same is recorded and hidden (C2)."""
+        def said(events: list[bytes]) -> bytes:
+            whole = b"".join(events)
+            if spaced:
+                whole = whole.replace(b'":', b'": ').replace(b',"', b', "')
+            if tight:
+                whole = whole.replace(b"data: {", b"data:{")
+            return whole.replace(b"\n", end)
+
+        whole, without = said([*TEXT, b": ping\n\n", FINAL, USAGE, DONE]), said([*TEXT, b": ping\n\n", FINAL, DONE])
+        edges = sorted({0, *[min(c, len(whole)) for c in cuts], len(whole)})
+        seen, record = metered([whole[a:b] for a, b in zip(edges, edges[1:], strict=False)], hide)
+        assert seen == (without if hide else whole)
+        assert (record.outcome, record.finish_reason) == ("ok", "stop")
+        assert (record.prompt_tokens, record.completion_tokens) == (9, 6)
+
+    def test_pings_are_no_tokens(self) -> None:
+        _, record = metered([*TEXT[:3], *[b": ping\n\n"] * 50, DONE])
+        assert record.tokens_estimated
+        assert record.completion_tokens == 3
 
     def test_an_anthropic_stream_that_breaks_is_told_in_our_words(self) -> None:
         event = b'event: error\ndata: {"type":"error","error":{"type":"x","message":"at 0x7f"}}\n\n'

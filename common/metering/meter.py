@@ -1,4 +1,4 @@
-"""Where a request is begun and ended."""
+"""Where a request is begun and ended: load, record, metrics and log line, all in one place, each once."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,10 @@ Times = Callable[[Record], tuple[float, float, float] | None]
 
 
 class Meter:
-    """Where records go: redis, the log, the metrics. One per process."""
+    """Where records go: redis, the log, the metrics. One per process.
+
+    What is begun is ended once, whoever ends it: a second end, or one without a beginning, does nothing.
+    """
 
     def __init__(
         self, recorder: Recorder, metrics: RequestMetrics, base_models: Callable[[], frozenset[str]],
@@ -22,23 +25,31 @@ class Meter:
         self._times = times
         self._metrics = metrics
         self._base_models = base_models
-        self.in_flight = self.interactive = 0
-        """Requests here now, and those of them that are no batch's."""
+        self._open: set[int] = set()
+        self.interactive = 0
+        """Requests here now that are no batch's."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests here now."""
+        return len(self._open)
 
     def begin(self, record: Record) -> None:
         """A request arrived."""
-        self.in_flight += 1
-        self.interactive += record.interactive
+        self._open.add(id(record))
+        self.interactive += not record.batch
         if record.model not in self._base_models():
             record.adapter = record.model
         self._recorder.begin(record)
 
     def end(self, record: Record) -> None:
         """It ended: one stream entry, one observation, one log line."""
-        self.in_flight -= 1
+        if id(record) not in self._open:
+            return
+        self._open.remove(id(record))
+        self.interactive -= not record.batch
         if (times := self._times(record)) is not None:
             record.queue_s, record.prefill_s, record.decode_s = (round(s, 6) for s in times)
-        self.interactive -= record.interactive
         self._recorder.end(record)
         self._metrics.observe(record)
         self._metrics.dropped.set(self._recorder.dropped)

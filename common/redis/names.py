@@ -6,7 +6,7 @@ What is live and bounded. State redis (AOF, noeviction):
     workers               set of worker ids that ever registered             the agent; reaped by gateways
     running:{id}          hash, record id -> JSON `Record` begun there       whoever meters
     usage                 stream, one entry per ended request, field `r`     whoever meters
-    batch:{recorder}:{n}   string with a TTL, number of the last flush        whoever meters
+    flushed:{recorder}    string with a TTL, number of the last flush        whoever meters
     key:{id}              string, JSON `ApiKey`                              python -m gateway.keys
     adapters              hash, model name -> JSON `Adapter`                 trainer; removed by the jobs service
     aliases               hash, alias -> JSON `Alias`                        jobs service; followed by gateways
@@ -70,7 +70,7 @@ def running_key(worker_id: str) -> str:
 
 def flushed_key(recorder: str) -> str:
     """Where it is noted which flush of a recorder was the last one written."""
-    return f"batch:{recorder}"
+    return f"flushed:{recorder}"
 
 
 def api_key_key(key_id: str) -> str:

@@ -16,16 +16,19 @@ redis.call('SREM', KEYS[3], ARGV[1])
 return #left
 """
 
-# KEYS[1] usage  KEYS[2] batch:{id} ; ARGV[1] seconds to remember the batch, ARGV[2] max entries, ARGV[3] how many
-# begun, then for each begun request and then for each ended one: running:{worker}, record id, record.
-# A batch is applied once, however often it is sent: a timeout does not tell whether redis ran it.
+# KEYS[1] usage  KEYS[2] flushed:{recorder} ; ARGV[1] seconds to remember the flush, ARGV[2] max entries, ARGV[3] number
+# of the flush, ARGV[4] how many begun; then for each begun request: running:{worker}, record id, record; then for each
+# ended one: the same three and '1' if an earlier flush has shown it as begun, else ''. Returns 1; 0 for a repetition.
+# A flush is applied once, however often it is sent: a timeout does not tell whether redis ran it. A request that was
+# shown and is gone from running:{worker} was ended by somebody else (REAP): it has its entry.
 FLUSH = """
-if not redis.call('SET', KEYS[2], '1', 'NX', 'EX', ARGV[1]) then return 0 end
-local ended_from = 4 + 3 * tonumber(ARGV[3])
-for i = 4, ended_from - 1, 3 do redis.call('HSET', ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
-for i = ended_from, #ARGV, 3 do
-  redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'r', ARGV[i + 2])
-  redis.call('HDEL', ARGV[i], ARGV[i + 1])
+if tonumber(redis.call('GET', KEYS[2]) or '0') >= tonumber(ARGV[3]) then return 0 end
+redis.call('SET', KEYS[2], ARGV[3], 'EX', ARGV[1])
+local ended_from = 5 + 3 * tonumber(ARGV[4])
+for i = 5, ended_from - 1, 3 do redis.call('HSET', ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
+for i = ended_from, #ARGV, 4 do
+  local ours = redis.call('HDEL', ARGV[i], ARGV[i + 1]) == 1
+  if ours or ARGV[i + 3] == '' then redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'r', ARGV[i + 2]) end
 end
 return 1
 """

@@ -23,8 +23,11 @@ BOARD = Board(
         ),
         "Answers": (
             Panel("Questions by result", "timeseries", "reqps",
-                  "hit, joined (the same question was being answered), miss; and of the store: stored, too_large, damaged.",
+                  "hit, joined (the same question was being answered), miss.",
                   q("sum by (result) (rate(gateway_answers_total[$__rate_interval]))", "{{result}}"), stacked=True),
+            Panel("Answers for the cache", "timeseries", "reqps",
+                  "stored by workers; not_kept: too large, an error, an unknown shape; damaged when read.",
+                  q("sum by (result) (rate(owngpt_answers_kept_total[$__rate_interval]))", "{{result}}"), stacked=True),
         ),
         "KV blocks": (
             Panel("Cached prompt tokens by source", "timeseries", "short", "Per second.",

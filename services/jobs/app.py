@@ -20,19 +20,17 @@ from common import errors, logs
 from common.aliases import AliasTable
 from common.auth import Authenticator
 from common.feed import Feed, load_workers
-from common.recorder import Recorder
 from common.redis.connect import connect
 from common.redis.names import CHANNEL_ALIASES, CHANNEL_KEYS, CHANNEL_WORKERS
 from common.serving import Owner, exposition, make_api
 from common.tasks import end_tasks
 from common.workers import WorkerTable
-from gateway.relay import open_session
 from services.jobs.aliases import NAME, Aliases, PutAlias, public
-from services.jobs.asking import Asking
+from services.jobs.batch_load import BatchLoad
 from services.jobs.batches import Batches, CreateBatch
 from services.jobs.files import UPLOADS, Files, page, too_large
+from services.jobs.front_door import FrontDoor
 from services.jobs.metrics import JobsMetrics
-from services.jobs.pacing import Pacing
 from services.jobs.settings import JobsSettings
 from services.jobs.tuning import CreateJob, Tuning
 
@@ -51,21 +49,19 @@ def create(settings: JobsSettings) -> FastAPI:
         redis, table, aliases = connect(settings), WorkerTable(), AliasTable()
         app.state.authenticator = authenticator = Authenticator(redis)
         app.state.files = files = Files(redis, settings.files_dir, settings.max_file_bytes, settings.max_files_per_key)
-        app.state.tuning = tuning = Tuning(redis, files, lambda: base_models(table), settings.max_waiting_jobs)
+        app.state.tuning = tuning = Tuning(redis, files, table.base_models, settings.max_waiting_jobs)
 
         app.state.aliases, app.state.table = Aliases(redis), table
-        session = open_session(settings)
-        recorder = Recorder(connect(settings))
+        front_door = FrontDoor(settings.gateway_url, settings.service_token)
         app.state.registry = CollectorRegistry()
         app.state.metrics = metrics = JobsMetrics(app.state.registry)
-        asking = Asking(settings, redis, recorder, table, aliases, session)
-        pacing = Pacing(redis, table)
+        load = BatchLoad(redis, table)
 
         def models() -> set[str]:
             return table.models().keys() | aliases.targets.keys()
 
         app.state.batches = batches = Batches(
-            redis, files, settings.files_dir / "batches", asking, models, pacing.room, metrics
+            redis, files, settings.files_dir / "batches", front_door, models, load.room, metrics
         )
 
         async def on_connect(connection: Any) -> None:
@@ -85,7 +81,7 @@ def create(settings: JobsSettings) -> FastAPI:
             on_connect,
         )
         background = [asyncio.create_task(feed.run()), asyncio.create_task(tend(feed, table, files))]
-        background.append(asyncio.create_task(pacing.run(lambda: batches.in_flight)))
+        background.append(asyncio.create_task(load.run(lambda: batches.in_flight)))
         logger.info("jobs service up")
         try:
             yield
@@ -93,9 +89,7 @@ def create(settings: JobsSettings) -> FastAPI:
             await end_tasks(background)
             await tuning.close()
             await batches.close()
-            await asking.close()
-            await session.close()
-            await recorder.close()
+            await front_door.close()
             await redis.aclose()
 
     api = make_api(lifespan)
@@ -114,11 +108,6 @@ def create(settings: JobsSettings) -> FastAPI:
     add_aliases(api)
     add_batches(api)
     return api
-
-
-def base_models(table: WorkerTable) -> set[str]:
-    """Models that are no adapters."""
-    return {name for name, model in table.models().items() if model.parent is None}
 
 
 async def tend(feed: Feed, table: WorkerTable, files: Files) -> None:

@@ -6,14 +6,13 @@ https://platform.openai.com/docs/api-reference/batch
         └▶ failed       └─────────────┴▶ expired
 
 A result is a line in a results file, on disk before it is counted. After a crash the lines that are there are not asked
-again; all others are. Requests go through the gateway's own request path, in this process, as their owner.
+again; all others are. Requests go in by the gateway's door (`front_door.py`), in their owner's name.
 """
 
 import asyncio
 import contextlib
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,15 +23,17 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from common import errors
+from common.auth import HOUSE
 from common.files import File, is_id, new_id
 from common.jobstore import move_key, pack, unpack
 from common.records import Record
 from common.redis.names import BATCHES_ACTIVE, USAGE, batch_key, batches_key
 from common.tasks import end_tasks
-from services.jobs import lines
+from services.jobs import batch_input
+from services.jobs.batch_results import EXPIRED, Result, Results, row
 from services.jobs.files import Files
+from services.jobs.front_door import Answer
 from services.jobs.metrics import JobsMetrics
-from services.jobs.results import EXPIRED, Result, Results, row
 
 State = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
@@ -42,13 +43,11 @@ MAX_TRIES = 4
 RETRY_S = 0.5
 WRITE_EVERY_S = 0.1
 POLL_S = 0.1
-HOUSE = "owngpt"
-"""The key of a request whose answer was lost in a crash after its owner's usage had been recorded."""
 USAGE_PAGE = 5000
 RETRIED = (429, 502, 503, 504)
 
-Ask = Callable[[str, bytes, str, str], Any]
-"""(endpoint, body, owner, request id) -> awaitable of (status, body)."""
+Ask = Callable[[str, bytes, str, str], Awaitable[Answer]]
+"""(endpoint, body, owner, request id) -> the answer."""
 
 
 class CreateBatch(BaseModel):
@@ -213,14 +212,14 @@ class Batches:
         try:
             source = self._files.path(await self._files.get(batch.input_file_id, batch.owner))
         except errors.NotFound as error:
-            gone = [lines.problem(None, "file_not_found", error.message, "input_file_id")]
+            gone = [batch_input.problem(None, "file_not_found", error.message, "input_file_id")]
             unfinished = ("validating", "in_progress", "cancelling", "finalizing")
             await self._move(batch, unfinished, status="failed", errors=gone, failed_at=int(time.time()))
             self._metrics.ended.labels("failed").inc()
             return
         while not (models := self._models()):  # noqa: ASYNC110 - nothing tells when the first worker comes
             await asyncio.sleep(0.5)
-        found, problems, used = await asyncio.to_thread(lines.check, source, batch.endpoint, models)
+        found, problems, used = await asyncio.to_thread(batch_input.check, source, batch.endpoint, models)
         now = int(time.time())
         if batch.status == "validating":
             if problems:
@@ -248,12 +247,12 @@ class Batches:
             after = str(entries[-1][0])
             for _, fields in entries:
                 record = msgspec.json.decode((fields or {})["r"], type=Record)
-                if record.outcome == "ok" and record.request_id.startswith(batch.id):
+                if record.outcome == "ok" and record.batch and record.key == batch.owner:
                     paid.add(record.request_id)
         return paid
 
     async def _answer(
-        self, batch: Batch, source: Path, pending: list[lines.Line], results: Results, paid: set[str]
+        self, batch: Batch, source: Path, pending: list[batch_input.Line], results: Results, paid: set[str]
     ) -> State:
         """Ask every pending line, as there is room. Returns how it ended; raises when one fails by our fault."""
         ended: State = "completed"
@@ -295,23 +294,24 @@ class Batches:
         self._freed.set()
 
     async def _one(
-        self, batch: Batch, source: Path, line: lines.Line, results: Results, paid: set[str]
+        self, batch: Batch, source: Path, line: batch_input.Line, results: Results, paid: set[str]
     ) -> None:
         """One request, tried again while only the moment is at fault."""
         request_id = f"{batch.id}-{line.number}"
+        # The answer was lost in a crash after its owner's usage had been recorded: the house pays for another.
         payer = HOUSE if request_id in paid else batch.owner
-        body = await asyncio.to_thread(lines.body, source, line)
+        body = await asyncio.to_thread(batch_input.body, source, line)
         for attempt in range(1, MAX_TRIES + 1):
-            status, answer = await self._ask(batch.endpoint, body, payer, request_id)
-            while status == 503 and time.time() < batch.expires_at:  # nobody is there: that costs no try
+            answer = await self._ask(batch.endpoint, body, payer, request_id)
+            while answer.status == 503 and time.time() < batch.expires_at:  # nobody is there: that costs no try
                 await asyncio.sleep(RETRY_S)
-                status, answer = await self._ask(batch.endpoint, body, payer, request_id)
-            if status not in RETRIED or attempt == MAX_TRIES:
+                answer = await self._ask(batch.endpoint, body, payer, request_id)
+            if answer.status not in RETRIED or attempt == MAX_TRIES:
                 break
             await asyncio.sleep(RETRY_S * 2**attempt)
-        response = {"status_code": status, "request_id": request_id, "body": json.loads(answer)}
-        results.add(Result(status == 200, row(batch.id, line, response=response)))
-        self._metrics.lines.labels("completed" if status == 200 else "failed").inc()
+        response = {"status_code": answer.status, "request_id": request_id, "body": answer.document}
+        results.add(Result(answer.status == 200, row(batch.id, line, response=response)))
+        self._metrics.lines.labels("completed" if answer.status == 200 else "failed").inc()
 
     async def _write(self, batch: Batch, results: Results) -> None:
         """Bring results to disk several times a second, then count them."""

@@ -1,19 +1,31 @@
 """What the jobs service can be told, read once from the environment. `.env.example` explains each."""
 
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from gateway.settings import Settings
+from common.settings import StateSettings, read_secret
 
 
-class JobsSettings(Settings):
-    """The gateway's settings, for batches go the gateway's way, and our own."""
+class JobsSettings(StateSettings):
+    """Its settings; names are the environment variables in lower case."""
 
     redis_user: str = "jobs"
-    edge: Literal["nginx", "none"] = "none"
+    gateway_url: str = Field(pattern=r"^http://", description="the door by which batches ask: nginx' inner one")
+    service_token_file: Path
     files_dir: Path = Field(description="where uploaded and produced files are")
     max_file_bytes: int = Field(512 * 1024 * 1024, ge=1024)
     max_files_per_key: int = Field(1000, ge=1)
     max_waiting_jobs: int = Field(16, ge=1, description="fine-tuning jobs of one key that are not finished")
+
+    @field_validator("service_token_file")
+    @classmethod
+    def _secret_readable(cls, path: Path) -> Path:
+        read_secret(path)
+        return path
+
+    @cached_property
+    def service_token(self) -> str:
+        """By which the gateway knows this service."""
+        return read_secret(self.service_token_file)

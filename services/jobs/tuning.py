@@ -77,7 +77,7 @@ class CreateJob(BaseModel):
 class Tuning:
     """Fine-tuning jobs of all owners. `base_models` says which models can be tuned now."""
 
-    def __init__(self, redis: Redis, files: Files, base_models: Callable[[], set[str]], max_waiting: int) -> None:
+    def __init__(self, redis: Redis, files: Files, base_models: Callable[[], frozenset[str]], max_waiting: int) -> None:
         self._redis, self._files, self._base_models = redis, files, base_models
         self._max_waiting = max_waiting
         self._checks: set[asyncio.Task[None]] = set()

@@ -19,12 +19,12 @@ from common.redis.names import CHANNEL_KEYS, CHANNEL_WORKERS
 from common.serving import Owner, exposition, make_api
 from common.tasks import end_tasks
 from common.workers import WorkerTable
-from services.ledger.books import ALL, Books, total
 from services.ledger.costs import Costs
+from services.ledger.live import LastMinute, Speeds, describe
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.neighbours import Neighbours
-from services.ledger.pulse import LastMinute, Speeds, describe
 from services.ledger.settings import LedgerSettings
+from services.ledger.usage import ALL, Books, total
 
 RETRY_S = 1.0
 COST_EVERY_S = 5

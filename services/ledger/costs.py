@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 
 from common.redis.names import LEDGER_TICK, cost_key
 from common.redis.scripts import ACCRUE
-from services.ledger.books import KEPT_DAYS
+from services.ledger.usage import KEPT_DAYS
 
 MAX_GAP_S = 300.0
 

@@ -75,6 +75,11 @@ class Dials:
         return self.state / "secrets"
 
     @property
+    def gateway_socket(self) -> Path:
+        """Where nginx reaches the gateway."""
+        return self.run_dir / "gateway.sock"
+
+    @property
     def redis_url(self) -> str:
         """The state redis."""
         return f"unix://{self.run_dir}/redis.sock?db=0"
@@ -90,6 +95,8 @@ class Ports:
     """Loopback ports of one run."""
 
     gateway: int
+    inner: int
+    """nginx' door for our own services."""
     jobs: int
     ledger: int
     trainer: int
@@ -171,14 +178,19 @@ def write_configs(dials: Dials, ports: Ports) -> None:
     for path in (run_dir / "console", *(run_dir / "console").rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     origins = os.environ.get("CORS_ORIGINS", "").split()
-    (run_dir / "nginx.conf").write_text(render(ROOT / "nginx/nginx.conf.template", {
+    config = run_dir / "nginx.conf"
+    config.touch(mode=0o600)  # the worker token is in it
+    config.write_text(render(ROOT / "nginx/nginx.conf.template", {
         "RUN_DIR": str(run_dir),
         "LISTEN": f"{dials.host}:{dials.port}",
         "LISTEN_OPTIONS": "",
         "SERVER_NAMES": "_",
         "UNKNOWN_HOSTS": "",
         "CORS_MAP": " ".join(f'"{origin}" $http_origin;' for origin in origins),
-        "GATEWAY_ADDRESS": f"127.0.0.1:{ports.gateway}",
+        "INNER_LISTEN": f"127.0.0.1:{ports.inner}",
+        "INNER_PORT": str(ports.inner),
+        "WORKER_TOKEN": (dials.secrets / "nginx/worker_token").read_text().strip(),
+        "GATEWAY_ADDRESS": f"unix:{dials.gateway_socket}",
         "JOBS_ADDRESS": f"127.0.0.1:{ports.jobs}",
         "LEDGER_ADDRESS": f"127.0.0.1:{ports.ledger}",
         "STATUS_LISTEN": f"127.0.0.1:{ports.nginx_status}",
@@ -268,18 +280,16 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
             "KV_TIER": os.environ.get("KV_TIER") or "redis",
             **({} if os.environ.get("ADAPTERS_DIR") == "" else {"ADAPTERS_DIR": str(dials.state / "adapters")}),
             "KV_SECRET_FILE": str(dials.secrets / "worker/kv_secret"),
+            "ANSWER_SECRET_FILE": str(dials.secrets / "worker/answer_secret"),
             "DRAIN_TIMEOUT_S": "5",
         }, stop_s=25, start_s=5, priority=20))
-    found.append(Program("gateway", [python, "-m", "gateway", "--port", str(ports.gateway)], shared | {
-        "REDIS_PASSWORD_FILE": str(dials.secrets / "gateway/redis_password"),
-        "WORKER_TOKEN_FILE": str(dials.secrets / "gateway/worker_token"),
-        "CACHE_SECRET_FILE": str(dials.secrets / "gateway/cache_secret"),
-    }, priority=30))
+    found.append(Program("gateway", [
+        python, "-m", "gateway", "--port", str(ports.gateway), "--socket", str(dials.gateway_socket),
+    ], shared | gateway_secrets(dials), priority=30))
     found.append(Program("jobs", [python, "-m", "services.jobs", "--port", str(ports.jobs)], shared | {
         "REDIS_PASSWORD_FILE": str(dials.secrets / "jobs/redis_password"),
-        "WORKER_TOKEN_FILE": str(dials.secrets / "jobs/worker_token"),
-        "CACHE_SECRET_FILE": str(dials.secrets / "jobs/cache_secret"),
-        "CACHE_SCOPE": os.environ.get("CACHE_SCOPE") or "key",
+        "SERVICE_TOKEN_FILE": str(dials.secrets / "jobs/service_token"),
+        "GATEWAY_URL": f"http://127.0.0.1:{ports.inner}",
         "FILES_DIR": str(dials.state / "files"),
     }, priority=30))
     prometheus = shutil.which("prometheus")
@@ -310,6 +320,12 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
             "--storage.tsdb.retention.size=4GB", "--enable-feature=exemplar-storage",
         ], priority=50))
     return found
+
+
+def gateway_secrets(dials: Dials) -> dict[str, str]:
+    """The gateway's secrets as its settings name them."""
+    names = ("redis_password", "worker_token", "service_token", "cache_secret", "answer_secret")
+    return {f"{name.upper()}_FILE": str(dials.secrets / "gateway" / name) for name in names}
 
 
 def exporters(dials: Dials, ports: Ports) -> list[Program]:

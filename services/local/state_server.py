@@ -7,7 +7,6 @@ state itself says who wrote it: the base file of the AOF begins like an RDB file
 import re
 import shutil
 import subprocess
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +43,6 @@ def writer_of(folder: Path) -> Server | None:
     return Server(found[1].decode(), (int(found[2]), int(found[3]))) if found else None
 
 
-@cache
 def installed() -> dict[str, Server]:
     """The servers there are, by program, the preferred first."""
     programs = [path for name in ("redis-server", "valkey-server") if (path := shutil.which(name))]

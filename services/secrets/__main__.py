@@ -2,9 +2,10 @@
 
 One folder per reader, so that a container mounts nothing it does not need:
 
-    DIR/gateway      redis_password  worker_token  cache_secret
-    DIR/worker       redis_password  worker_token  kv_secret
-    DIR/jobs         redis_password  worker_token  cache_secret
+    DIR/nginx        worker_token
+    DIR/gateway      redis_password  worker_token  service_token  cache_secret  answer_secret
+    DIR/worker       redis_password  worker_token  answer_secret  kv_secret
+    DIR/jobs         redis_password  service_token
     DIR/trainer      redis_password  worker_token
     DIR/ledger       redis_password
     DIR/monitor      redis_password  redis_passwords.json  admin_password   (redis exporter, Grafana)
@@ -22,16 +23,16 @@ from pathlib import Path
 ACL = """\
 user default off resetpass ~* &* +@all
 user health on nopass resetkeys resetchannels -@all +ping
-user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~batch:* %R~aliases \
+user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~flushed:* %R~aliases \
 resetchannels &workers &keys &held &aliases -@all +ping +hello +multi +exec +discard +get +set +del +exists +mget \
-+scan +smembers +srem +hset +hdel +hgetall +hvals +xadd +xlen +xrange +publish +subscribe +unsubscribe +eval
-user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage ~batch:* %R~adapters \
-resetchannels &workers -@all +ping +hello +multi +exec +discard +set +del +sadd +srem +hset +hdel +hgetall +xadd \
++scan +smembers +srem +hset +hdel +hexists +hgetall +hvals +xadd +xlen +xrange +publish +subscribe +unsubscribe +eval
+user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage ~flushed:* %R~adapters \
+resetchannels &workers -@all +ping +hello +multi +exec +discard +get +set +del +sadd +srem +hset +hdel +hgetall +xadd \
 +publish +eval
-user jobs on #{jobs} resetkeys %R~key:* %R~worker:* %R~workers ~running:* ~usage ~batch:* ~file:* ~files:* ~ftjob:* \
+user jobs on #{jobs} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~file:* ~files:* ~ftjob:* \
 ~ftjobs:* ~ftqueue ~ftevents:* ~ftcheckpoints:* ~adapters ~aliases ~bt:* ~bts:* ~btactive \
 resetchannels &workers &keys &aliases -@all +ping +hello +multi +exec +discard +get +set +del +exists +mget \
-+scan +smembers +sadd +srem +hset +hget +hgetall +hdel +zadd +zrem +zcard +zrevrange +rpush +lpush +lrange +xadd \
++scan +smembers +sadd +srem +hset +hget +hgetall +hdel +zadd +zrem +zcard +zrevrange +rpush +lpush +lrange \
 +xread +xrange +xrevrange +publish +subscribe +unsubscribe +eval
 user ledger on #{ledger} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~used:* ~ledger:* \
 resetchannels &workers &keys -@all +ping +hello +get +set +mget +smembers +hgetall +hincrby +incrbyfloat +expire \
@@ -46,15 +47,22 @@ user trainer on #{trainer} resetkeys %R~worker:* %R~workers ~file:* ~files:* ~ft
 user, but keeps its rights: redis 7.0 replays the AOF as `default`, and without them it drops every transaction and
 script at the next start."""
 SERVICES = ("gateway", "worker", "jobs", "trainer", "ledger", "monitor")
+SHARED = {
+    "worker_token": ("nginx", "worker", "trainer"),
+    "service_token": ("jobs",),
+    "answer_secret": ("worker",),
+}
+"""Secrets that the gateway has and others as well."""
 CACHE_ACL = """\
 user default off resetpass resetkeys resetchannels -@all
 user health on nopass resetkeys resetchannels -@all +ping
-user gateway on #{gateway} resetkeys ~answer:* resetchannels -@all +ping +hello +get +getex +set +del
+user gateway on #{gateway} resetkeys ~answer:* resetchannels -@all +ping +hello +get +mget +set +del
 user monitor on #{monitor} resetkeys resetchannels -@all +ping +hello +info +config|get +slowlog|len +slowlog|get \
 +latency|latest +latency|histogram +client|list +client|setname
-user worker on #{worker} resetkeys ~kv:* ~kvseen:* resetchannels -@all +ping +hello +strlen +getex +set +expire +info
+user worker on #{worker} resetkeys ~kv:* ~kvseen:* %W~answer:* resetchannels -@all +ping +hello +strlen +getex \
++set +expire +info
 """
-"""redis-cache: answers are the gateway's, KV blocks the workers'. It has no AOF, so `default` needs no rights."""
+"""redis-cache: whoever meters writes answers, workers KV blocks. It has no AOF, so `default` needs no rights."""
 
 
 def write(path: Path, text: str) -> None:
@@ -76,10 +84,11 @@ def ensure(path: Path, secret: str | None = None) -> str:
 def make(root: Path) -> None:
     """Make what is missing below `root`. Raises OSError."""
     passwords = {who: ensure(root / who / "redis_password") for who in SERVICES}
-    for who in ("worker", "trainer", "jobs"):
-        ensure(root / who / "worker_token", ensure(root / "gateway" / "worker_token"))
+    for name, readers in SHARED.items():
+        for who in readers:
+            ensure(root / who / name, ensure(root / "gateway" / name))
     digests = {who: sha256(password.encode()).hexdigest() for who, password in passwords.items()}
-    ensure(root / "jobs" / "cache_secret", ensure(root / "gateway" / "cache_secret"))
+    ensure(root / "gateway" / "cache_secret")
     ensure(root / "worker" / "kv_secret")
     ensure(root / "monitor" / "admin_password")
     addresses = ("redis://monitor@redis:6379", "redis://monitor@redis-cache:6379")

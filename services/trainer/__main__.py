@@ -7,7 +7,6 @@ held by a lease; whoever starts after a crash takes it up again, and the run goe
 import json
 import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +16,6 @@ import httpx
 import msgspec
 from loguru import logger
 from prometheus_client import start_http_server
-from pydantic import ValidationError
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -36,6 +34,7 @@ from common.redis.names import (
     job_key,
     lease_key,
 )
+from common.settings import read_settings
 from services.trainer import metrics, publish
 from services.trainer.plan import DATA_AT_FAULT, PAUSED, Folder, Plan
 from services.trainer.process import Run
@@ -321,13 +320,7 @@ class Trainer:
 
 def main() -> None:
     """Check the settings, serve."""
-    try:
-        settings = TrainerSettings()  # filled from the environment
-    except ValidationError as error:
-        for problem in error.errors():
-            name = "_".join(str(part) for part in problem["loc"]).upper()
-            print(f"trainer: {name}: {problem['msg']} (value: {problem.get('input')!r})", file=sys.stderr)
-        raise SystemExit(1) from None
+    settings = read_settings(TrainerSettings, "trainer")
     logs.configure("trainer", settings.log_level)
     for folder in (settings.runs_dir, settings.adapters_dir, settings.files_dir):
         folder.mkdir(parents=True, exist_ok=True)

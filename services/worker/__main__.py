@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import signal
-import sys
 import time
 from hashlib import blake2b
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import httpx
 import msgspec
 from loguru import logger
-from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -28,6 +26,7 @@ from common import logs
 from common.adapters import Adapter, read_registry
 from common.redis.connect import connect
 from common.redis.names import ADAPTERS, CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, worker_key
+from common.settings import read_settings
 from common.tasks import end_tasks
 from common.workers import Heartbeat, Model, State
 from services.worker import engine, identity, shm
@@ -302,13 +301,7 @@ def _die_with_parent() -> None:
 
 def main() -> None:
     """Check the settings, run the agent."""
-    try:
-        settings = WorkerSettings()  # filled from the environment
-    except ValidationError as error:
-        for problem in error.errors():
-            name = "_".join(str(part) for part in problem["loc"]).upper()
-            print(f"worker: {name}: {problem['msg']} (value: {problem.get('input')!r})", file=sys.stderr)
-        raise SystemExit(1) from None
+    settings = read_settings(WorkerSettings, "worker")
     logs.configure("worker", settings.log_level)
     shm.sweep()
     raise SystemExit(asyncio.run(Agent(settings).run()))

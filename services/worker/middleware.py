@@ -9,12 +9,13 @@ from prometheus_client.openmetrics.exposition import ALLOWUTF8, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common import logs
+from common.answers.store import Store
 from common.errors import Unauthorized, encode
 from common.metering.meter import Meter
 from common.metering.metered import Metering
 from common.metering.metrics import RequestMetrics
 from common.recorder import Recorder
-from common.redis.connect import connect
+from common.redis.connect import connect, connect_cache
 from services.worker import times
 from services.worker.settings import WorkerSettings
 
@@ -35,9 +36,13 @@ class WorkerMiddleware:
         self._app = app
         self._expected = f"Bearer {settings.worker_token}".encode()
         self._recorder = Recorder(connect(settings))
-        served = frozenset({settings.served_name})
-        self._meter = Meter(self._recorder, RequestMetrics(REGISTRY), lambda: served, times.take)
-        self._metered = Metering(app, self._meter, os.environ[WORKER_ID], salts=True)
+        served, metrics = frozenset({settings.served_name}), RequestMetrics(REGISTRY)
+        self.meter = Meter(self._recorder, metrics, lambda: served, times.take)
+        self._store: Store | None = None
+        if settings.cache_redis_url and settings.answer_secret_file is not None:
+            redis = connect_cache(settings, settings.cache_redis_url)
+            self._store = Store(redis, settings.answer_secret, lambda result: metrics.answers.labels(result).inc())
+        self._metered = Metering(app, self.meter, os.environ[WORKER_ID], vllm=True, store=self._store)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -47,7 +52,7 @@ class WorkerMiddleware:
             return
         path = scope["path"]
         if path == LOAD_PATH:
-            load = {"in_flight": self._meter.in_flight, "interactive": self._meter.interactive}
+            load = {"in_flight": self.meter.in_flight, "interactive": self.meter.interactive}
             await _answer(send, 200, [(b"content-type", b"application/json")], msgspec.json.encode(load))
         elif path == "/metrics" and wants_exemplars(scope):
             await _answer(send, 200, [(b"content-type", OPENMETRICS)], generate_latest(REGISTRY, ALLOWUTF8))  # type: ignore[no-untyped-call]
@@ -67,6 +72,8 @@ class WorkerMiddleware:
         async def closing(message: Message) -> None:
             if message["type"].startswith("lifespan.shutdown"):
                 await self._recorder.close()
+                if self._store is not None:
+                    await self._store.close()
             await send(message)
 
         return closing

@@ -35,6 +35,7 @@ class WorkerSettings(StateSettings):
     kv_tier: Literal["redis", "off"] = Field("off", description="redis: share KV blocks through redis-cache")
     cache_redis_url: str = Field("", pattern=r"^((redis|rediss|unix)://.*)?$", description="redis-cache")
     kv_secret_file: Path | None = None
+    answer_secret_file: Path | None = Field(None, description="keys the checksums of answers; unset: none are kept")
     kv_host_gib: float = Field(0.5, gt=0, description="host memory between the engine's KV blocks and redis-cache")
     kv_ttl_s: int = Field(86400, ge=60, description="how long an unused block stays in redis-cache")
     cpu_threads_bind: str = Field("", description="CPU only: VLLM_CPU_OMP_THREADS_BIND; default: by core count")
@@ -56,12 +57,20 @@ class WorkerSettings(StateSettings):
         assert self.kv_secret_file is not None  # noqa: S101 - checked at the start
         return read_secret(self.kv_secret_file)
 
+    @cached_property
+    def answer_secret(self) -> str:
+        """The key of the checksums of answers, the gateway's as well."""
+        assert self.answer_secret_file is not None  # noqa: S101 - asked for before
+        return read_secret(self.answer_secret_file)
+
     @model_validator(mode="after")
     def _tier_is_complete(self) -> Self:
         if self.kv_tier == "redis" and not (self.cache_redis_url and self.kv_secret_file):
             raise ValueError("KV_TIER=redis needs CACHE_REDIS_URL and KV_SECRET_FILE")
         if self.kv_secret_file is not None:
             read_secret(self.kv_secret_file)
+        if self.answer_secret_file is not None:
+            read_secret(self.answer_secret_file)
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""What `Pace` is told: the workers' reports, and the TTFT of everybody who is no batch, from the usage stream."""
+"""What `BatchLimit` is told: the workers' reports, and the TTFT of everybody who is no batch, from the usage stream."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,27 +9,27 @@ from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from common.records import BATCH_REQUEST, Record
+from common.records import ANSWER_CACHE, Record
 from common.redis.names import USAGE
 from common.workers import WorkerTable
-from services.jobs.pace import REMEMBERED, Pace
+from services.jobs.batch_limit import REMEMBERED, BatchLimit
 
 LOOK_EVERY_S = 0.1
 
 
-class Pacing:
-    """Keeps a `Pace` informed."""
+class BatchLoad:
+    """Keeps a `BatchLimit` informed."""
 
     def __init__(self, redis: Redis, table: WorkerTable) -> None:
         self._redis: Any = redis  # its types say bytes or text, read or not; ours is text
         self._table = table
-        self.pace = Pace()
+        self.limit = BatchLimit()
         self._interactive = 0
         self._last = "$"
 
     def room(self, in_flight: int) -> bool:
         """Whether one more batch request may start now."""
-        return self.pace.room(in_flight, self._interactive)
+        return self.limit.room(in_flight, self._interactive)
 
     async def run(self, in_flight: Callable[[], int]) -> None:
         """Until cancelled. `in_flight` counts our own requests."""
@@ -37,14 +37,14 @@ class Pacing:
         while True:
             try:
                 if self._last == "$":
-                    self.pace.learn(await self._history())
+                    self.limit.learn(await self._history())
                 ttfts = await self._news()
                 beats = [worker.beat for worker in self._table.workers.values() if worker.beat.state == "ready"]
                 mine = in_flight()
                 self._interactive = sum(beat.interactive for beat in beats)
                 if not beside:  # nothing of ours ran since the last look
-                    self.pace.learn(ttfts)
-                self.pace.look(
+                    self.limit.learn(ttfts)
+                self.limit.look(
                     slots=sum(beat.slots for beat in beats), interactive=self._interactive,
                     ttfts_s=ttfts,
                 )  # fmt: skip
@@ -77,6 +77,5 @@ def interactive_ttfts(entries: list[tuple[str, dict[str, str]]]) -> list[float]:
     records = (msgspec.json.decode(fields["r"], type=Record) for _, fields in entries)
     return [
         record.ttft_s for record in records
-        if record.ttft_s is not None and record.outcome == "ok" and not record.request_id.startswith(BATCH_REQUEST)
-        and record.worker != "answer-cache"
+        if record.ttft_s is not None and record.outcome == "ok" and not record.batch and record.worker != ANSWER_CACHE
     ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 Two limits. While nobody else has asked for a while, nearly all slots. While somebody does, a small one that every TTFT
 of theirs moves: additive increase, multiplicative decrease (Chiu and Jain 1989). A TTFT is good when it is near what
-interactive requests had while no batch request ran. Pure: told what happened, by `Pacing`.
+interactive requests had while no batch request ran. Pure: told what happened, by `BatchLoad`.
 """
 
 import time
@@ -29,7 +29,7 @@ REMEMBERED = 200
 MIN_SAMPLES = 5
 
 
-class Pace:
+class BatchLimit:
     """The limit. What is normal are TTFTs of interactive requests in seconds, measured without batch work."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from common.records import ANSWER_CACHE, Record
 from common.workers import Heartbeat, Worker
-from services.ledger.books import FAILED
+from services.ledger.usage import FAILED
 
 WINDOW_S = 60.0
 MAX_KEPT = 50_000
@@ -34,7 +34,7 @@ class LastMinute:
         since = self._clock() - WINDOW_S
         kept = [r for r in self._kept if r.started_at + r.duration_s >= since]
         self._kept = deque(kept, maxlen=MAX_KEPT)
-        first = sorted(r.ttft_s for r in kept if r.ttft_s is not None and r.stream and r.interactive)
+        first = sorted(r.ttft_s for r in kept if r.ttft_s is not None and r.stream and not r.batch)
         prompt = sum(r.prompt_tokens or 0 for r in kept)
         return {
             "requests": len(kept),

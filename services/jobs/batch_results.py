@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from services.jobs.lines import Line
+from services.jobs.batch_input import Line
 
 EXPIRED = {"code": "batch_expired", "message": "The batch's time was over before this ran."}
 

@@ -1,0 +1,169 @@
+"""The edge for ASGI servers: any decision, and all that takes time: waiting, relaying.
+
+Behind nginx `edge_http.py` answers what it can at once and hands on the rest, begun.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import aiohttp
+from loguru import logger
+
+from common import errors
+from common.answers.store import Store
+from common.asgi import Message, Receive, Scope, Send
+from common.metering import context
+from common.metering.context import CONTEXT
+from common.metering.meter import Meter
+from common.metering.metered import Metering
+from gateway.attempts import Attempts, Reason
+from gateway.decision import Decision, Refuse, Relay, Response
+from gateway.path import Arrival, RequestPath
+from gateway.relay import Upstream
+from gateway.steps import Waiting, run
+
+if TYPE_CHECKING:
+    from gateway.tracing import Traced
+
+BEGUN = "owngpt.begun"
+"""In a scope: what `edge_http.py` has of a request already, its decision or the steps that must wait."""
+
+
+class AsgiEdge:
+    """Carries decisions out."""
+
+    def __init__(
+        self, path: RequestPath, session: aiohttp.ClientSession, worker_token: str, meter: Meter, store: Store | None
+    ) -> None:
+        self._path, self._session, self._worker_token = path, session, worker_token
+        self._meter, self._store = meter, store
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            decision = await self._decision(scope, receive)
+        except ClientGone:
+            return
+        if isinstance(decision, Relay):
+            await self._relay(decision, scope["path"], scope, receive, send)
+        else:
+            await respond(decision.response(), send)
+
+    async def _decision(self, scope: Scope, receive: Receive) -> Decision:
+        begun: Decision | Waiting | None = scope.get(BEGUN)
+        if begun is None:
+            arrival = Arrival(scope["method"], scope["path"], dict(scope["headers"]), None, reader(scope, receive))
+            return await run(self._path.decide(arrival))
+        if isinstance(begun, Waiting):
+            decision: Decision = await begun.finish()
+            return decision
+        return begun
+
+    async def _relay(self, relay: Relay, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Carry the bytes; on an early failure ask the path again."""
+        traced: Traced | None = relay.traced
+        try:
+            tried = Attempts()
+            while True:
+                failure = await self._carry(relay, path, scope, receive, send)
+                if failure is None:
+                    return
+                if isinstance(failure, errors.UpstreamFailed):
+                    reason: Reason = (
+                        "refused" if not failure.ran else "failed" if failure.answered else "died"
+                    )
+                    address = relay.worker.beat.address
+                    tried = Attempts((*tried.tried, address), tried.deaths + failure.ran, reason=reason)
+                    decision = self._path.again(relay, path, tried)
+                else:
+                    decision = self._path.give_up(relay, path, failure)
+                if not isinstance(decision, Relay):
+                    if traced is not None and isinstance(decision, Refuse):
+                        traced.failed(decision.error.status, decision.error.code)
+                    await respond(decision.response(), send)
+                    return
+                relay = decision
+        finally:
+            if traced is not None:
+                traced.end()
+
+    async def _carry(
+        self, relay: Relay, path: str, scope: Scope, receive: Receive, send: Send
+    ) -> errors.UpstreamFailed | errors.ApiError | None:
+        """One attempt. What failed before anything was sent is returned; after that it is raised."""
+        sending = Sending(send)
+        headers = [(n, v) for n, v in scope["headers"] if n == b"content-type"]
+        forwarded = {
+            "type": "http", "method": "POST", "path": path,
+            "headers": [*headers, (CONTEXT, context.encode(relay.context))],
+        }
+        upstream = Upstream(self._session, relay.worker.beat.address, self._worker_token)
+        app = upstream if relay.worker.beat.metered else Metering(
+            upstream, self._meter, relay.worker.beat.id, store=self._store
+        )
+        try:
+            await app(forwarded, replayed(relay.body, receive), sending)
+        except (errors.UpstreamFailed, errors.ApiError) as failure:
+            return failure
+        except Exception as error:
+            if sending.started:
+                raise  # half a document: the server cuts the connection
+            logger.exception("the relay failed", request_id=relay.context.request_id)
+            return errors.ApiError(f"The gateway failed ({type(error).__name__}).")
+        return None
+
+
+class ClientGone(Exception):
+    """The client left before its request was whole."""
+
+
+class Sending:
+    """A `send` that knows whether the response has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def __call__(self, message: Message) -> None:
+        self.started = True
+        await self._send(message)
+
+
+async def respond(response: Response, send: Send) -> None:
+    """Send a whole response."""
+    await send({"type": "http.response.start", "status": response.status, "headers": response.headers})
+    await send({"type": "http.response.body", "body": response.body})
+
+
+def reader(scope: Scope, receive: Receive) -> Callable[[int], Awaitable[bytes]]:
+    """Reads the whole body, up to a limit. Raises BodyTooLarge, ClientGone."""
+
+    async def read(limit_bytes: int) -> bytes:
+        for name, value in scope["headers"]:
+            if name == b"content-length" and int(value) > limit_bytes:
+                raise errors.BodyTooLarge(limit_bytes)
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit_bytes:
+                raise errors.BodyTooLarge(limit_bytes)
+            if not message.get("more_body"):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    return read
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read already."""
+    waiting = [body]
+
+    async def replay() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return replay

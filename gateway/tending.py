@@ -1,0 +1,91 @@
+"""What a gateway does once a second, and what it tells the others."""
+
+import asyncio
+import time
+
+from loguru import logger
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from common.feed import Feed
+from common.redis.names import (
+    CHANNEL_HELD,
+    HEARTBEAT_TTL_MS,
+    USAGE,
+    USAGE_MAX_ENTRIES,
+    WORKERS,
+    running_key,
+    worker_key,
+)
+from common.redis.scripts import REAP
+from common.workers import WorkerTable
+from gateway.answers import Answers
+from gateway.attempts import HeldBack
+from gateway.metrics import GatewayMetrics
+
+TEND_EVERY_S = 1.0
+
+
+async def tend(redis: Redis, feed: Feed, table: WorkerTable, answers: Answers | None, metrics: GatewayMetrics) -> None:
+    """Forget silent workers, settle what lost ones left, refresh the gauges; until cancelled."""
+    lost = 0
+    while True:
+        table.tend(connected=feed.connected)
+        if answers is not None:
+            answers.tend()
+        if feed.connected:
+            try:
+                # A redis that was away longer than heartbeats live has forgotten live workers: let them speak first.
+                settled = time.monotonic() - feed.connected_at > 2 * HEARTBEAT_TTL_MS / 1000
+                if settled and (requests := await reap(redis)):
+                    metrics.lost_requests.inc(requests)
+                    logger.warning("requests lost with their worker", count=requests)
+            except (RedisError, OSError) as error:
+                logger.warning("could not look for lost requests", error=str(error))
+            except Exception:  # a bug here must not stop the tending
+                logger.exception("tending failed")
+        metrics.workers_lost.inc(table.lost - lost)
+        lost = table.lost
+        for state, count in table.states().items():
+            metrics.workers.labels(state).set(count)
+        await asyncio.sleep(TEND_EVERY_S)
+
+
+async def reap(redis: Redis) -> int:
+    """Record as `upstream_error` what lost workers left running. Returns how many requests that were."""
+    lost = 0
+    for worker_id in map(str, await redis.smembers(WORKERS)):
+        if not await redis.exists(worker_key(worker_id)):
+            keys = [worker_key(worker_id), running_key(worker_id), WORKERS, USAGE]
+            count = int(await redis.eval(REAP, len(keys), *keys, worker_id, str(USAGE_MAX_ENTRIES)))
+            lost += max(count, 0)
+    return lost
+
+
+async def is_running(redis: Redis, worker_id: str, uid: str) -> bool:
+    """Whether a request was begun on a worker and has not ended. Raises RedisError."""
+    return bool(await redis.hexists(running_key(worker_id), uid))
+
+
+class HeldBackForAll:
+    """`here`: the bodies held back; what this gateway adds, all others hear of."""
+
+    def __init__(self, hold_s: int, redis: Redis) -> None:
+        self._redis = redis
+        self._telling: set[asyncio.Task[None]] = set()
+        self.here = HeldBack(hold_s, self._publish)
+
+    def _publish(self, digest: str) -> None:
+        task = asyncio.create_task(self._tell(digest))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _tell(self, digest: str) -> None:
+        try:
+            await self._redis.publish(CHANNEL_HELD, digest)
+        except (RedisError, OSError) as error:
+            logger.warning("other gateways do not know of a held-back request", error=str(error))
+
+    async def close(self) -> None:
+        """Finish telling."""
+        await asyncio.gather(*self._telling, return_exceptions=True)
