@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Container
 
 from loguru import logger
 from redis.asyncio import Redis
@@ -37,7 +38,7 @@ async def tend(redis: Redis, feed: Feed, table: WorkerTable, answers: Answers | 
             try:
                 # A redis that was away longer than heartbeats live has forgotten live workers: let them speak first.
                 settled = time.monotonic() - feed.connected_at > 2 * HEARTBEAT_TTL_MS / 1000
-                if settled and (requests := await reap(redis)):
+                if settled and (requests := await reap(redis, table.workers)):
                     metrics.lost_requests.inc(requests)
                     logger.warning("requests lost with their worker", count=requests)
             except (RedisError, OSError) as error:
@@ -51,11 +52,14 @@ async def tend(redis: Redis, feed: Feed, table: WorkerTable, answers: Answers | 
         await asyncio.sleep(TEND_EVERY_S)
 
 
-async def reap(redis: Redis) -> int:
-    """Record as `upstream_error` what lost workers left running. Returns how many requests that were."""
+async def reap(redis: Redis, heard: Container[str]) -> int:
+    """Record as `upstream_error` what lost workers left running. Returns how many requests that were.
+
+    `heard`: workers whose messages arrive. They live, though a full redis may have no place for what they say.
+    """
     lost = 0
     for worker_id in map(str, await redis.smembers(WORKERS)):
-        if not await redis.exists(worker_key(worker_id)):
+        if worker_id not in heard and not await redis.exists(worker_key(worker_id)):
             keys = [worker_key(worker_id), running_key(worker_id), WORKERS, USAGE]
             count = int(await redis.eval(REAP, len(keys), *keys, worker_id, str(USAGE_MAX_ENTRIES)))
             lost += max(count, 0)

@@ -48,6 +48,9 @@ async def engine(scope: Scope, receive: Receive, send: Send) -> None:
     if path == "/metrics":
         await answer(send, 200, generate_latest(REGISTRY), b"text/plain")
         return
+    if path == "/v1/models":
+        await answer(send, 200, json.dumps({"object": "list", "data": [{"id": MODEL, "object": "model"}]}).encode())
+        return
     if path == "/cancelled":
         await answer(send, 200, json.dumps(cancelled).encode())
         return
@@ -148,9 +151,10 @@ async def main() -> None:
 
     config = uvicorn.Config(middleware if metered else bare, host="127.0.0.1", port=settings.engine_port,
                             log_level="warning", timeout_keep_alive=5)
-    background = asyncio.create_task(beat(settings, metered, middleware))
+    background = None if "--silent" in sys.argv else asyncio.create_task(beat(settings, metered, middleware))
     await uvicorn.Server(config).serve()
-    background.cancel()
+    if background is not None:
+        background.cancel()
 
 
 if __name__ == "__main__":

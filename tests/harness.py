@@ -60,9 +60,9 @@ class Stack:
 
     def __init__(
         self, folder: Path, *, processes: int = 1, edge: str = "nginx", prefix: Sequence[str] = (),
-        worker_ports: Sequence[int] = (),
+        worker_ports: Sequence[int] = (), redis_maxmemory: str = "800mb",
     ) -> None:
-        self.folder, self.edge, self.prefix = folder, edge, list(prefix)
+        self.folder, self.edge, self.prefix, self.redis_maxmemory = folder, edge, list(prefix), redis_maxmemory
         free = iter(free_ports(24))
         self.port = next(free)
         self.ports = Ports.take(free, 12)
@@ -102,7 +102,7 @@ class Stack:
     def start_redis(self) -> None:
         self.spawn("redis", [find_redis(), str(ROOT / "services/redis/redis.conf"), "--port", "0", "--unixsocket",
                              str(self.dials.run_dir / "redis.sock"), "--dir", str(self.folder),
-                             "--aclfile", str(self.dials.secrets / "redis/users.acl")])
+                             "--aclfile", str(self.dials.secrets / "redis/users.acl"), "--maxmemory", self.redis_maxmemory])
         wait_for(lambda: (self.dials.run_dir / "redis.sock").exists(), "a redis socket")
 
     def start_cache(self) -> None:

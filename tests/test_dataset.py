@@ -18,7 +18,7 @@ from services.local.plan import ROOT
 from services.trainer import render
 from services.trainer.plan import Plan, resolve
 from services.trainer.run import split
-from services.worker import punica
+from services.worker.vllm import punica
 
 USER = {"role": "user", "content": "What is a KV cache?"}
 SAID = {"role": "assistant", "content": "Keys and values of earlier tokens."}
@@ -294,4 +294,4 @@ class TestPunica:
         from vllm.utils.import_utils import resolve_obj_by_qualname
 
         assert CpuPlatform.get_punica_wrapper() == "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
-        assert resolve_obj_by_qualname("services.worker.punica.GroupedPunica") is punica.GroupedPunica
+        assert resolve_obj_by_qualname("services.worker.vllm.punica.GroupedPunica") is punica.GroupedPunica

@@ -43,13 +43,13 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from common.breaker import Breaker
 from services.local.plan import cache_command
 from services.secrets.__main__ import make as make_secrets
-from services.worker import shm
 from services.worker.identity import adapter_digest, model_digest
-from services.worker.kv import tier
-from services.worker.kv.block import HEADER, PREFIX, Layout, Sealer
-from services.worker.kv.economy import FORGET_S, Economy
-from services.worker.kv.tier import Adapter, RedisTier
-from services.worker.kv.wire import Wire
+from services.worker.vllm import shm
+from services.worker.vllm.kv import tier
+from services.worker.vllm.kv.block import HEADER, PREFIX, Layout, Sealer
+from services.worker.vllm.kv.economy import FORGET_S, Economy
+from services.worker.vllm.kv.tier import Adapter, RedisTier
+from services.worker.vllm.kv.wire import Wire
 from tests.harness import wait_for
 
 LAYERS, BLOCKS, PAGE, BLOCKS_PER_CHUNK = 4, 32, 4096, 2
@@ -123,9 +123,9 @@ class Engine:
                 groups=(OffloadingGroupConfig(128, tuple(f"l{i}" for i in range(LAYERS)), 0),),
                 worker_kv_bytes_per_block=LAYERS * PAGE, enable_kv_cache_events=False,
                 extra_config={
-                    "spec_name": "RedisTieringSpec", "spec_module_path": "services.worker.kv.spec",
+                    "spec_name": "RedisTieringSpec", "spec_module_path": "services.worker.vllm.kv.spec",
                     "cpu_bytes_to_use": chunks * CHUNK * ranks,
-                    "secondary_tiers": [{"type": "RedisTier", "module_path": "services.worker.kv.tier",
+                    "secondary_tiers": [{"type": "RedisTier", "module_path": "services.worker.vllm.kv.tier",
                                          "namespace": namespace.hex()}],
                 },
                 engine_id=f"owngpt-{os.getpid()}-{name}{time.monotonic_ns()}", model=OffloadingModelConfig("m", "bfloat16"),
@@ -652,7 +652,7 @@ class TestContract:
         assert f"({', '.join(found)})" == expected
 
     def test_nothing_abstract_is_left_open(self) -> None:
-        from services.worker.kv.cpu_worker import CpuPlatformWorker
+        from services.worker.vllm.kv.cpu_worker import CpuPlatformWorker
 
         assert not RedisTier.__abstractmethods__
         assert not CpuPlatformWorker.__abstractmethods__
@@ -660,7 +660,7 @@ class TestContract:
     def test_the_connector_overrides_what_exists(self) -> None:
         from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
-        from services.worker.kv.connector import RedisOffloadingConnector
+        from services.worker.vllm.kv.connector import RedisOffloadingConnector
 
         for name in ("on_new_request", "_max_loadable_tokens", "get_num_new_matched_tokens", "build_connector_meta",
                      "get_kv_connector_stats"):

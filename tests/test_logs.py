@@ -8,7 +8,7 @@ import yaml
 
 from monitoring.boards import BOARDS
 from services.local.plan import ROOT
-from services.worker.logformat import JsonFormatter
+from services.worker.vllm.logformat import JsonFormatter
 from tests import alloy
 
 LABELS = {"service", "level"}

@@ -26,8 +26,8 @@ from services.jobs.settings import JobsSettings
 from services.ledger.settings import LedgerSettings
 from services.local.plan import ROOT
 from services.trainer.settings import TrainerSettings
-from services.worker import engine
 from services.worker.settings import WorkerSettings
+from services.worker.vllm import command as engine
 
 
 def worker(name: str, load: int = 0, state: str = "ready", models: tuple[str, ...] = ("m",)) -> Worker:

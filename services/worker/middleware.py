@@ -16,8 +16,8 @@ from common.metering.metered import Metering
 from common.metering.metrics import RequestMetrics
 from common.recorder import Recorder
 from common.redis.connect import connect, connect_cache
-from services.worker import times
 from services.worker.settings import WorkerSettings
+from services.worker.vllm import times
 
 LOAD_PATH = "/owngpt/load"
 """In-flight requests as JSON, for the agent."""

@@ -18,7 +18,9 @@ class WorkerSettings(StateSettings):
     worker_token_file: Path
     worker_name: str = Field(default_factory=socket.gethostname, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
     accelerator: Literal["cpu", "cuda"] = "cpu"
-    model: str = Field(description="a checkpoint folder or a hub name")
+    engine: Literal["vllm", "attached"] = Field("vllm", description="attached: a server that runs at ENGINE_URL")
+    engine_url: str = Field("", pattern=r"^(http://[^/]+)?/?$", description="ENGINE=attached: where, without a path")
+    model: str = Field("", description="a checkpoint folder or a hub name")
     served_model_name: str = Field("", description="the name clients use; default: the last part of MODEL")
     engine_host: str = "127.0.0.1"
     engine_port: int = 8000
@@ -64,13 +66,17 @@ class WorkerSettings(StateSettings):
         return read_secret(self.answer_secret_file)
 
     @model_validator(mode="after")
-    def _tier_is_complete(self) -> Self:
+    def _complete(self) -> Self:
         if self.kv_tier == "redis" and not (self.cache_redis_url and self.kv_secret_file):
             raise ValueError("KV_TIER=redis needs CACHE_REDIS_URL and KV_SECRET_FILE")
         if self.kv_secret_file is not None:
             read_secret(self.kv_secret_file)
         if self.answer_secret_file is not None:
             read_secret(self.answer_secret_file)
+        if self.engine == "attached" and not self.engine_url:
+            raise ValueError("ENGINE=attached needs ENGINE_URL")
+        if self.engine == "vllm" and not self.model:
+            raise ValueError("ENGINE=vllm needs MODEL")
         return self
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from services.worker.engine import ENGINE_ID_PREFIX
+from services.worker.vllm.command import ENGINE_ID_PREFIX
 
 SHM = Path("/dev/shm")  # noqa: S108 - where vLLM puts it
 

@@ -4,7 +4,7 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from services.worker import times
+from services.worker.vllm import times
 
 
 class RequestTimes(StatLoggerBase):

@@ -5,7 +5,7 @@ from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingWorker
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from services.worker.kv.cpu_worker import CpuPlatformWorker
+from services.worker.vllm.kv.cpu_worker import CpuPlatformWorker
 
 
 class RedisTieringSpec(TieringOffloadingSpec):

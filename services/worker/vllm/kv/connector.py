@@ -20,9 +20,9 @@ from vllm.v1.request import Request
 
 from common import logs
 from services.worker import identity
-from services.worker.kv.block import Layout
-from services.worker.kv.tier import Adapter, RedisTier
 from services.worker.settings import WorkerSettings
+from services.worker.vllm.kv.block import Layout
+from services.worker.vllm.kv.tier import Adapter, RedisTier
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -30,4 +30,4 @@ class Worker(CPUWorker):  # type: ignore[misc]  # untyped
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         never_compile()
-        current_platform.get_punica_wrapper = lambda: "services.worker.punica.GroupedPunica"
+        current_platform.get_punica_wrapper = lambda: "services.worker.vllm.punica.GroupedPunica"

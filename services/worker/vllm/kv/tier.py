@@ -39,12 +39,12 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from common.breaker import Breaker
-from services.worker import shm
-from services.worker.kv import metrics
-from services.worker.kv.block import HEADER, SEEN_PREFIX, Sealer
-from services.worker.kv.economy import Economy
-from services.worker.kv.wire import TooSlow, Wire
 from services.worker.settings import WorkerSettings
+from services.worker.vllm import shm
+from services.worker.vllm.kv import metrics
+from services.worker.vllm.kv.block import HEADER, SEEN_PREFIX, Sealer
+from services.worker.vllm.kv.economy import Economy
+from services.worker.vllm.kv.wire import TooSlow, Wire
 
 LOAD_THREADS = 2
 STRIPE_BYTES = 4 * 1024 * 1024

@@ -64,7 +64,7 @@ def command(settings: WorkerSettings) -> list[str]:
         if settings.quantization:
             args += ["--quantization", settings.quantization]
     else:
-        args += ["--enforce-eager", "--worker-cls", "services.worker.cpu.Worker"]
+        args += ["--enforce-eager", "--worker-cls", "services.worker.vllm.cpu.Worker"]
     if settings.adapters_dir is not None and has_kv_blocks(settings.model):
         args += adapters(settings)
     if settings.kv_tier == "redis" and has_kv_blocks(settings.model):
@@ -95,13 +95,13 @@ def has_kv_blocks(model: str) -> bool:
 
 
 def kv_tier(settings: WorkerSettings) -> list[str]:
-    """The flags that put redis-cache behind the engine's KV blocks (services/worker/kv). No secret is among them."""
+    """The flags that put redis-cache behind the engine's KV blocks (`kv/`). No secret is among them."""
     extra: dict[str, object] = {
         "spec_name": "RedisTieringSpec",
-        "spec_module_path": "services.worker.kv.spec",
+        "spec_module_path": "services.worker.vllm.kv.spec",
         "cpu_bytes_to_use": int(settings.kv_host_gib * 2**30),
         "offload_prompt_only": False,  # the next turn of a chat begins with this answer
-        "secondary_tiers": [{"type": "RedisTier", "module_path": "services.worker.kv.tier"}],
+        "secondary_tiers": [{"type": "RedisTier", "module_path": "services.worker.vllm.kv.tier"}],
     }
     if settings.accelerator == "cuda":
         extra["block_size"] = CUDA_CHUNK_TOKENS
@@ -109,7 +109,7 @@ def kv_tier(settings: WorkerSettings) -> list[str]:
         "--prefix-caching-hash-algo", "sha256_cbor",  # the same in every process and Python version
         "--kv-transfer-config", json.dumps({
             "kv_connector": "RedisOffloadingConnector",
-            "kv_connector_module_path": "services.worker.kv.connector",
+            "kv_connector_module_path": "services.worker.vllm.kv.connector",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "engine_id": f"{ENGINE_ID_PREFIX}{os.getpid()}-{secrets.token_hex(4)}",

@@ -22,7 +22,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.cpu.gpu_worker import compute_sub_block_ptrs
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
-from services.worker import shm
+from services.worker.vllm import shm
 
 
 class CpuPlatformWorker(OffloadingWorker):

@@ -1,0 +1,141 @@
+"""One worker's life: start, announce, drain, stop. What ends it, its engine's death or a signal, comes at any time."""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Awaitable, Coroutine
+from typing import Any
+
+from loguru import logger
+
+from common.redis.connect import connect
+from common.redis.names import ADAPTERS
+from common.tasks import end_tasks
+from common.workers import Model
+from services.worker import engines
+from services.worker.engines.base import Engine, EngineSilent
+from services.worker.heartbeat import Heart
+from services.worker.process import Process
+from services.worker.reconcile import Reconciler
+from services.worker.settings import WorkerSettings
+
+ASK_EVERY_S = 0.1
+LATE_DECISIONS_S = 0.3
+"""Decisions that were made before gateways heard of the draining arrive within this."""
+
+
+class EngineDied(Exception):
+    """The engine ended by itself, or never came up."""
+
+
+class Agent:
+    """One engine, watched and announced. `stopping` is set by whoever wants it to leave."""
+
+    def __init__(self, settings: WorkerSettings, engine: Engine | None = None) -> None:
+        self._settings = settings
+        # A new id each start: what a former life left running can be settled at once.
+        worker_id = f"{settings.worker_name}-{secrets.token_hex(2)}"
+        self._engine = engine or engines.make(settings, worker_id)
+        self._process = Process(self._engine.command(), self._engine.environment())
+        self._redis = connect(settings)
+        self.heart = Heart(self._redis, self._engine, worker_id, settings.heartbeat_s, settings.stall_s)
+        self.stopping = asyncio.Event()
+
+    async def run(self) -> int:
+        """Until told to stop (0) or the engine dies (1)."""
+        worker_id = self.heart.beat.id
+        self._engine.clean_up()
+        pid = await self._process.start()
+        logger.info("engine starting", worker=worker_id, pid=pid, engine=self._engine.name, model=self._settings.model)
+        try:
+            if await self._unless_stopped(self._come_up()):
+                await self._unless_stopped(self._serve())
+                await self._unless_died(self._drain())
+            return 0
+        except EngineDied as error:
+            logger.error("engine died", worker=worker_id, reason=str(error))
+            return 1
+        finally:
+            await self.heart.tell("gone")
+            await self._process.stop()
+            self._engine.clean_up()
+            # Only now: a gateway settles as lost whatever a worker without this key left running.
+            await self.heart.forget()
+            await self._engine.close()
+            await self._redis.aclose()
+
+    async def _come_up(self) -> bool:
+        """Until the engine is healthy and has said what it serves."""
+        started = time.monotonic()
+        while True:
+            with contextlib.suppress(EngineSilent):
+                if await self._engine.healthy():
+                    self._models = await self._engine.models()
+                    self.heart.serves(self._models, [])
+                    logger.info("engine ready", worker=self.heart.beat.id, after_s=round(time.monotonic() - started, 1))
+                    return True
+            if time.monotonic() - started > self._settings.start_timeout_s:
+                raise EngineDied(f"not healthy after START_TIMEOUT_S={self._settings.start_timeout_s:g}")
+            await asyncio.sleep(ASK_EVERY_S)
+
+    async def _serve(self) -> None:
+        """Heartbeats, and adapters beside them, until somebody ends it."""
+        work: list[Coroutine[Any, Any, None]] = [self.heart.run()]
+        if self._engine.adapters is not None and self._settings.adapters_dir is not None:
+            work.append(self._reconciler().run())
+        tasks = [asyncio.create_task(each) for each in work]
+        try:
+            await asyncio.gather(*tasks)  # neither ends by itself, unless by a bug that is better seen
+        finally:
+            await end_tasks(tasks)
+
+    def _reconciler(self) -> Reconciler:
+        assert self._engine.adapters is not None  # noqa: S101 - asked before
+        assert self._settings.adapters_dir is not None  # noqa: S101 - asked before
+
+        def announce(adapters: list[Model]) -> None:
+            self.heart.serves(self._models, adapters)
+
+        return Reconciler(
+            self._engine.adapters, lambda: self._redis.hgetall(ADAPTERS), self._models[0],
+            self._settings.adapters_dir, announce, quiet_s=2 * self._settings.heartbeat_s,
+        )
+
+    async def _drain(self) -> None:
+        """Out of the table first, then wait for what runs."""
+        deadline = time.monotonic() + self._settings.drain_timeout_s
+        await self.heart.tell("draining")
+        await asyncio.sleep(min(LATE_DECISIONS_S, self._settings.drain_timeout_s))
+        while time.monotonic() < deadline:
+            await self.heart.observe()
+            if self.heart.beat.in_flight == 0:
+                break
+            await self.heart.tell("draining")
+            await asyncio.sleep(self._settings.heartbeat_s)
+        logger.info("drained", worker=self.heart.beat.id, left=self.heart.beat.in_flight)
+
+    async def _unless_stopped(self, work: Awaitable[Any]) -> bool:
+        """Do something until it is done or the agent is told to stop; whether it was done. Raises EngineDied."""
+        stopped = asyncio.create_task(self.stopping.wait())
+        doing = asyncio.ensure_future(self._unless_died(work))
+        try:
+            await asyncio.wait({doing, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if doing.done():
+                doing.result()
+                return True
+            return False
+        finally:
+            await end_tasks([doing, stopped])
+
+    async def _unless_died(self, work: Awaitable[Any]) -> None:
+        """Do something while the engine lives. Raises EngineDied."""
+        died = asyncio.create_task(self._process.wait())
+        doing = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({doing, died}, return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                raise EngineDied(f"exit status {died.result()}")
+            doing.result()
+        finally:
+            await end_tasks([doing, died])

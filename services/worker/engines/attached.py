@@ -1,0 +1,82 @@
+"""An engine that runs elsewhere: any server with OpenAI's API at ENGINE_URL. No process of ours, no middleware in it.
+
+The gateway relays its requests and meters them. Its load is read where its /metrics has vLLM's names, else unknown.
+"""
+
+import contextlib
+
+import httpx
+import msgspec
+
+from common.workers import Model
+from services.worker.engines.base import ANSWER_TIMEOUT_S, AdapterLoader, EngineSilent, Load, Numbers, Prometheus, Refused, get
+from services.worker.settings import WorkerSettings
+
+_METRICS = Prometheus(b"vllm:num_requests_running", b"vllm:num_requests_waiting", b"vllm:kv_cache_usage_perc")
+
+
+class _Entry(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+    created: int = 0
+    parent: str | None = None
+
+
+class _Listing(msgspec.Struct):
+    data: list[_Entry]
+
+
+class Attached:
+    """A server somebody else runs."""
+
+    name = "attached"
+    metered = False
+    adapters: AdapterLoader | None = None
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        url = httpx.URL(settings.engine_url)
+        self.address, self.slots = f"{url.host}:{url.port or 80}", settings.max_num_seqs
+        self._http = httpx.AsyncClient(
+            base_url=f"http://{self.address}", headers={"authorization": f"Bearer {settings.worker_token}"},
+            timeout=ANSWER_TIMEOUT_S,
+        )
+
+    def command(self) -> None:
+        return None
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    async def healthy(self) -> bool:
+        try:
+            return bool(await self.models())
+        except EngineSilent:
+            return False
+
+    async def models(self) -> list[Model]:
+        """What it lists. Nobody knows its files, so there is no revision, and its answers are never cached."""
+        try:
+            listing = msgspec.json.decode(await get(self._http, "/v1/models"), type=_Listing)
+        except msgspec.MsgspecError as error:
+            raise EngineSilent(f"/v1/models: {error}") from error
+        return [Model(entry.id, entry.max_model_len or 0, entry.created, entry.parent) for entry in listing.data]
+
+    async def load(self) -> Load:
+        running, waiting, _ = await self._metrics()
+        return Load(int(running + waiting), int(running + waiting))
+
+    async def numbers(self) -> Numbers:
+        _, waiting, kv_use = await self._metrics()
+        return Numbers(waiting=int(waiting), kv_use=kv_use)
+
+    def clean_up(self) -> None:
+        return
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _metrics(self) -> list[float]:
+        text = b""
+        with contextlib.suppress(Refused):  # many have none
+            text = await get(self._http, "/metrics")
+        return _METRICS.read(text)

@@ -1,0 +1,111 @@
+"""What the agent asks of an engine, whatever it is.
+
+An engine that the agent starts has a command; one that runs elsewhere has none. What an engine cannot tell is zero,
+what it cannot do is None.
+"""
+
+import re
+from typing import NamedTuple, Protocol
+
+import httpx
+import msgspec
+
+from common.workers import Model
+
+ANSWER_TIMEOUT_S = 1.0
+LOAD_TIMEOUT_S = 60.0
+
+
+class EngineSilent(Exception):
+    """The engine did not answer, or not in a way that can be read."""
+
+
+class Refused(EngineSilent):
+    """It answered, and not with what was asked for."""
+
+
+class Numbers(NamedTuple):
+    """An engine's state as heartbeats carry it. `steps` only says whether it makes any."""
+
+    steps: float = 0.0
+    waiting: int = 0
+    kv_use: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class Load(msgspec.Struct, frozen=True):
+    """Requests inside now, and those of them that are no batch's."""
+
+    in_flight: int = 0
+    interactive: int = 0
+
+
+class AdapterLoader(Protocol):
+    """Loads and unloads LoRA adapters while the engine runs."""
+
+    async def load(self, name: str, folder: str) -> bool:
+        """Whether it is there now."""
+
+    async def unload(self, name: str) -> bool:
+        """Whether it is gone now."""
+
+
+class Engine(Protocol):
+    """One engine. Methods that ask it raise EngineSilent."""
+
+    name: str
+    address: str
+    """host:port as nginx and the gateway reach it."""
+    slots: int
+    """Requests it runs at once; 0: unknown."""
+    metered: bool
+    """Whether our middleware is inside. Else the gateway relays and meters."""
+    adapters: AdapterLoader | None
+
+    def command(self) -> list[str] | None:
+        """What starts it; None: it runs elsewhere."""
+
+    def environment(self) -> dict[str, str]:
+        """What its process finds in its environment."""
+
+    async def healthy(self) -> bool:
+        """Whether it can answer requests. False instead of EngineSilent."""
+
+    async def models(self) -> list[Model]:
+        """What it serves, with the revision on which answers depend."""
+
+    async def load(self) -> Load:
+        """Asked several times a second."""
+
+    async def numbers(self) -> Numbers:
+        """Asked once a second."""
+
+    def clean_up(self) -> None:
+        """Remove what an engine that died may have left on this machine. Called before the start and after the end."""
+
+    async def close(self) -> None:
+        """Nobody asks any more."""
+
+
+class Prometheus:
+    """Reads numbers off an engine's /metrics: the sum of each metric's samples."""
+
+    def __init__(self, *names: bytes) -> None:
+        self._patterns = [re.compile(rb"^%s(?:\{[^}]*\})? (\S+)" % name, re.M) for name in names]
+
+    def read(self, text: bytes) -> list[float]:
+        """The sums, in the order of the names; 0.0 for a metric that is not there."""
+        return [sum(map(float, pattern.findall(text))) for pattern in self._patterns]
+
+
+async def get(http: httpx.AsyncClient, path: str) -> bytes:
+    """The body of a good answer. Raises EngineSilent."""
+    try:
+        answer = await http.get(path)
+    except httpx.HTTPError as error:
+        raise EngineSilent(f"{path}: {type(error).__name__}") from error
+    if not answer.is_success:
+        raise Refused(f"{path}: status {answer.status_code}")
+    return answer.content

@@ -1,0 +1,138 @@
+"""vLLM, started by the agent, with our middleware inside."""
+
+import asyncio
+import time
+from hashlib import blake2b
+
+import httpx
+import msgspec
+from loguru import logger
+
+from common.workers import Model
+from services.worker import identity
+from services.worker.engines.base import (
+    ANSWER_TIMEOUT_S,
+    LOAD_TIMEOUT_S,
+    AdapterLoader,
+    EngineSilent,
+    Load,
+    Numbers,
+    Prometheus,
+    get,
+)
+from services.worker.middleware import LOAD_PATH, WORKER_ID
+from services.worker.settings import WorkerSettings
+from services.worker.vllm import command, shm
+
+_METRICS = Prometheus(
+    b"vllm:iteration_tokens_total_count", b"vllm:num_requests_waiting", b"vllm:kv_cache_usage_perc",
+    b"vllm:prompt_tokens_total", b"vllm:prompt_tokens_cached_total", b"vllm:generation_tokens_total",
+)
+
+
+class _Entry(msgspec.Struct):
+    """A model in vLLM's /v1/models."""
+
+    id: str
+    max_model_len: int | None = None
+    created: int = 0
+    parent: str | None = None
+    root: str | None = None
+
+
+class _Listing(msgspec.Struct):
+    data: list[_Entry]
+
+
+class Vllm:
+    """One vLLM server on this machine."""
+
+    name = "vllm"
+    metered = True
+
+    def __init__(self, settings: WorkerSettings, worker_id: str) -> None:
+        self._settings, self._worker_id = settings, worker_id
+        self.address, self.slots = settings.address, settings.max_num_seqs
+        self._http = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{settings.engine_port}",
+            headers={"authorization": f"Bearer {settings.worker_token}"}, timeout=ANSWER_TIMEOUT_S,
+        )
+        self.adapters: AdapterLoader | None = _VllmAdapters(self._http) if settings.adapters_dir is not None else None
+
+    def command(self) -> list[str]:
+        return command.command(self._settings)
+
+    def environment(self) -> dict[str, str]:
+        return command.environment(self._settings) | {WORKER_ID: self._worker_id}
+
+    async def healthy(self) -> bool:
+        try:
+            await get(self._http, "/health")
+        except EngineSilent:
+            return False
+        return True
+
+    async def models(self) -> list[Model]:
+        try:
+            listing = msgspec.json.decode(await get(self._http, "/v1/models"), type=_Listing)
+        except msgspec.MsgspecError as error:
+            raise EngineSilent(f"/v1/models: {error}") from error
+        return [
+            Model(entry.id, entry.max_model_len or 0, entry.created, entry.parent,
+                  await asyncio.to_thread(self._revision, entry))
+            for entry in listing.data
+        ]
+
+    async def load(self) -> Load:
+        try:
+            return msgspec.json.decode(await get(self._http, LOAD_PATH), type=Load)
+        except msgspec.MsgspecError as error:
+            raise EngineSilent(f"{LOAD_PATH}: {error}") from error
+
+    async def numbers(self) -> Numbers:
+        steps, waiting, kv_use, prompt, cached, generated = _METRICS.read(await get(self._http, "/metrics"))
+        return Numbers(steps, int(waiting), kv_use, int(prompt), int(cached), int(generated))
+
+    def clean_up(self) -> None:
+        shm.sweep()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    def _revision(self, entry: _Entry) -> str:
+        """What an answer of this model depends on: its files, and how the engine was told to run them."""
+        try:
+            digest = identity.model_digest(self._settings.model)
+        except OSError as error:
+            logger.warning("the model's files cannot be read; its answers are not cached", error=str(error))
+            return ""
+        if entry.parent:
+            digest += identity.adapter_digest(entry.root or "").hex()
+        return blake2b(f"{digest} {command.shaping(self._settings)}".encode(), digest_size=16).hexdigest()
+
+
+class _VllmAdapters:
+    """vLLM's runtime LoRA: https://docs.vllm.ai/en/latest/features/lora.html"""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self._http = http
+
+    async def load(self, name: str, folder: str) -> bool:
+        return await self._ask("load", {"lora_name": name, "lora_path": folder}, done_already="already")
+
+    async def unload(self, name: str) -> bool:
+        return await self._ask("unload", {"lora_name": name}, done_already="cannot be found")
+
+    async def _ask(self, verb: str, body: dict[str, str], done_already: str) -> bool:
+        log = logger.bind(verb=verb, adapter=body["lora_name"])
+        started = time.monotonic()
+        try:
+            answer = await self._http.post(f"/v1/{verb}_lora_adapter", json=body, timeout=LOAD_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            log.warning("adapter not changed", error=type(error).__name__)
+            return False
+        if answer.status_code == 200 or done_already in answer.text:
+            log.info("adapter changed", took_s=round(time.monotonic() - started, 2))
+            return True
+        log.warning("adapter not changed", status=answer.status_code, text=answer.text[:500])
+        return False

@@ -1,0 +1,118 @@
+"""What the worker says of itself, several times a second: to redis with a time to live, and to whoever listens.
+
+A redis that is away, or full, stops no engine: gateways keep what they heard last, and a message is heard though
+nothing can be stored.
+"""
+
+import asyncio
+import time
+
+import msgspec
+from loguru import logger
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from common.redis.names import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, worker_key
+from common.workers import Heartbeat, Model, State
+from services.worker.engines.base import Engine, EngineSilent
+
+NUMBERS_EVERY_S = 1.0
+STOPPING_TTL_MS = 20_000
+"""How long the engine may take to stop before gateways count what it ran as lost."""
+
+
+class Heart:
+    """Observes the engine and tells of it."""
+
+    def __init__(self, redis: Redis, engine: Engine, worker_id: str, every_s: float, stall_s: float) -> None:
+        self._redis, self._engine, self._every_s, self._stall_s = redis, engine, every_s, stall_s
+        self.beat = Heartbeat(
+            id=worker_id, address=engine.address, state="ready", models=[], slots=engine.slots, engine=engine.name,
+            metered=engine.metered,
+        )
+        self._steps = -1.0
+        self._stepped_at = self._heard_at = time.monotonic()
+        self._numbers_at = 0.0
+        self._heard_of = {"publish": True, "set": True}
+
+    def serves(self, base: list[Model], adapters: list[Model]) -> None:
+        """What the next heartbeat lists."""
+        self.beat.models = [*base, *adapters]
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        self._stepped_at = self._heard_at = time.monotonic()
+        while True:
+            await self.observe()
+            await self.tell(self.state())
+            await asyncio.sleep(self._every_s)
+
+    async def observe(self) -> None:
+        """Ask the engine for its load, and now and then for its numbers."""
+        now = time.monotonic()
+        try:
+            load = await self._engine.load()
+            self.beat.in_flight, self.beat.interactive = load.in_flight, load.interactive
+            self._heard_at = time.monotonic()
+            if now - self._numbers_at >= NUMBERS_EVERY_S:
+                self._numbers_at = now
+                await self._read_numbers()
+        except EngineSilent as error:
+            logger.warning("engine does not answer", worker=self.beat.id, error=str(error))
+        if self.beat.in_flight == 0:
+            self._stepped_at = time.monotonic()
+
+    async def _read_numbers(self) -> None:
+        numbers, beat = await self._engine.numbers(), self.beat
+        if numbers.steps != self._steps or not self._engine.metered:  # who tells no steps is not seen to be stuck
+            self._steps, self._stepped_at = numbers.steps, time.monotonic()
+        beat.waiting, beat.kv_use = numbers.waiting, numbers.kv_use
+        beat.prompt_tokens, beat.cached_tokens = numbers.prompt_tokens, numbers.cached_tokens
+        beat.generated_tokens = numbers.generated_tokens
+
+    def state(self) -> State:
+        """Stalled: the server's process is silent, or requests run while the engine makes no step (vLLM #39863)."""
+        now = time.monotonic()
+        silent = now - self._heard_at > self._stall_s / 2
+        stuck = self.beat.in_flight > 0 and now - self._stepped_at > self._stall_s
+        return "stalled" if silent or stuck else "ready"
+
+    async def tell(self, state: State) -> None:
+        """One heartbeat."""
+        if state != self.beat.state:
+            logger.info("worker state", worker=self.beat.id, was=self.beat.state, now=state)
+            self.beat.state = state
+        raw = msgspec.json.encode(self.beat).decode()
+        try:
+            await self._redis.publish(CHANNEL_WORKERS, raw)  # first, and by itself: a full redis still passes it on
+            self._worked("publish")
+        except (RedisError, OSError) as error:
+            self._failed("publish", error)
+            return
+        try:
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.set(worker_key(self.beat.id), raw, px=STOPPING_TTL_MS if state == "gone" else HEARTBEAT_TTL_MS)
+                pipe.sadd(WORKERS, self.beat.id)
+                await pipe.execute()
+            self._worked("set")
+        except (RedisError, OSError) as error:
+            self._failed("set", error)
+
+    async def forget(self) -> None:
+        """The engine has stopped: whoever finds something it left running may settle it. Raises nothing."""
+        try:
+            await self._redis.delete(worker_key(self.beat.id))
+        except (RedisError, OSError) as error:
+            self._failed("set", error)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        if self._heard_of[what]:
+            text = "redis is away; still serving" if what == "publish" else "redis stores nothing; still serving"
+            logger.warning(text, worker=self.beat.id, error=str(error) or type(error).__name__)
+        self._heard_of[what] = False
+
+    def _worked(self, what: str) -> None:
+        if not self._heard_of[what]:
+            text = "redis is back" if what == "publish" else "redis stores again"
+            logger.info(text, worker=self.beat.id)
+        self._heard_of[what] = True

@@ -1,0 +1,53 @@
+"""The engine's process: it cannot outlive the agent, is watched, and stops with everything it has started."""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+
+PR_SET_PDEATHSIG = 1
+PATIENCE_S = ((signal.SIGTERM, 8.0), (signal.SIGKILL, 5.0))
+
+
+class Process:
+    """One child, in a session of its own. Without a command there is none: it never dies, and stops at once."""
+
+    def __init__(self, command: list[str] | None, environment: dict[str, str]) -> None:
+        self._command, self._environment = command, environment
+        self._child: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> int | None:
+        """Start it; its process id."""
+        if self._command is None:
+            return None
+        self._child = await asyncio.create_subprocess_exec(
+            *self._command, env=self._environment, start_new_session=True, preexec_fn=_die_with_parent
+        )
+        return self._child.pid
+
+    async def wait(self) -> int:
+        """Until it ends by itself; its exit status."""
+        if self._child is None:
+            await asyncio.get_running_loop().create_future()
+        assert self._child is not None  # noqa: S101 - else one waits for ever above
+        return await self._child.wait()
+
+    async def stop(self) -> None:
+        """End it, politely first, and then whatever it left behind."""
+        child = self._child
+        if child is None:
+            return
+        for number, patience_s in PATIENCE_S:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, number)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(child.wait(), patience_s)
+                break
+        with contextlib.suppress(ProcessLookupError):  # its own children, should any be left
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    """In the child, before exec: get SIGTERM when the agent is gone, however it went."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,480 @@
+"""The agent without an engine: everything that can fail on the way from start to stop, with a real redis and gateway."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+from redis.exceptions import RedisError
+
+from common.adapters import Adapter
+from common.redis.names import ADAPTERS, WORKERS, worker_key
+from common.workers import Model
+from services.worker.agent import Agent
+from services.worker.engines.attached import Attached
+from services.worker.engines.base import EngineSilent, Load, Numbers
+from services.worker.engines.vllm import Vllm
+from services.worker.process import Process
+from services.worker.reconcile import Reconciler
+from services.worker.settings import WorkerSettings
+from tests.harness import Stack, free_ports, running, wait_for
+
+NEVER = ["sleep", "1000"]
+
+
+class FakeLoader:
+    """Adapters in a set; loads and unloads that fail, are slow or hang, by name."""
+
+    def __init__(self) -> None:
+        self.there: set[str] = set()
+        self.slow: dict[str, float] = {}
+        self.failures: dict[str, int] = {}
+        self.asked: list[tuple[str, str]] = []
+
+    async def load(self, name: str, folder: str) -> bool:
+        return await self._do("load", name)
+
+    async def unload(self, name: str) -> bool:
+        return await self._do("unload", name)
+
+    async def _do(self, verb: str, name: str) -> bool:
+        self.asked.append((verb, name))
+        await asyncio.sleep(self.slow.get(name, 0.0))
+        if self.failures.get(name, 0) > 0:
+            self.failures[name] -= 1
+            return False
+        (self.there.add if verb == "load" else self.there.discard)(name)
+        return True
+
+
+class FakeEngine:
+    """An engine whose process is a sleep."""
+
+    name, slots, metered = "fake", 4, True
+
+    def __init__(self, address: str, command: list[str] | None = NEVER) -> None:
+        self.address, self._command = address, command
+        self.adapters: FakeLoader | None = None
+        self.up = True
+        self.silent = False
+        self.in_flight = 0
+        self.steps = 0.0
+        self.cleaned = 0
+
+    def command(self) -> list[str] | None:
+        return self._command
+
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)
+
+    async def healthy(self) -> bool:
+        return self.up
+
+    async def models(self) -> list[Model]:
+        return [Model("base", 100, revision="r")]
+
+    async def load(self) -> Load:
+        if self.silent:
+            raise EngineSilent("silent")
+        return Load(self.in_flight, self.in_flight)
+
+    async def numbers(self) -> Numbers:
+        self.steps += 1
+        return Numbers(self.steps)
+
+    def clean_up(self) -> None:
+        self.cleaned += 1
+
+    async def close(self) -> None: ...
+
+
+def settings(stack: Stack, **fields: object) -> WorkerSettings:
+    secrets = stack.dials.secrets / "worker"
+    return WorkerSettings(**{
+        "redis_url": stack.dials.redis_url, "redis_password_file": secrets / "redis_password",
+        "worker_token_file": secrets / "worker_token", "worker_name": "a", "model": "/m", "advertise_host": "127.0.0.1",
+        "adapters_dir": Path("/adapters"), "heartbeat_s": 0.05, "drain_timeout_s": 3.0, "start_timeout_s": 5.0, **fields,
+    })  # type: ignore[arg-type]
+
+
+class Life:
+    """An agent at work."""
+
+    def __init__(self, stack: Stack, engine: FakeEngine, **fields: object) -> None:
+        self.engine = engine
+        self.agent = Agent(settings(stack, **fields), engine)
+        self.task = asyncio.create_task(self.agent.run())
+        self.redis = stack.redis("worker")
+
+    @property
+    def id(self) -> str:
+        return self.agent.heart.beat.id
+
+    def said(self) -> dict:
+        raw = self.redis.execute_command("GET", worker_key(self.id))
+        return msgspec.json.decode(raw) if raw else {}
+
+    def models(self) -> list[str]:
+        return [model["id"] for model in self.said().get("models", [])]
+
+    def pid(self) -> int:
+        child = self.agent._process._child
+        assert child is not None
+        return child.pid
+
+    async def until(self, check: object, what: str, timeout_s: float = 8.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if check():  # type: ignore[operator]
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"after {timeout_s:g} s: not {what}; {self.said()}")
+
+
+@contextlib.asynccontextmanager
+async def living(stack: Stack, engine: FakeEngine | None = None, **fields: object) -> AsyncIterator[Life]:
+    life = Life(stack, engine or FakeEngine(f"127.0.0.1:{stack.worker_ports[0]}"), **fields)
+    try:
+        yield life
+    finally:
+        life.agent.stopping.set()
+        await asyncio.wait_for(life.task, 20)
+        assert not life.said(), "the last thing it does is to leave the table"
+        assert life.engine.cleaned == 2
+        if life.agent._process._child is not None:
+            assert life.agent._process._child.returncode is not None
+
+
+@pytest.fixture(scope="module")
+def floor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """redis, gateway, nginx for tests that break none of them."""
+    with running(tmp_path_factory.mktemp("worker")) as stack:
+        yield stack
+
+
+@pytest.fixture(autouse=True)
+def no_adapters(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "floor" in request.fixturenames:
+        request.getfixturevalue("floor").redis("trainer").delete(ADAPTERS)
+
+
+def publish(stack: Stack, *names: str) -> None:
+    redis = stack.redis("trainer")
+    for number, name in enumerate(names):
+        adapter = Adapter(name, f"ftjob-{number:024x}", "base", "d", "o", 1)
+        redis.hset(ADAPTERS, name, msgspec.json.encode(adapter))
+
+
+class TestLife:
+    def test_it_announces_drains_and_leaves(self, floor: Stack) -> None:
+        async def live() -> None:
+            async with living(floor) as life:
+                await life.until(lambda: life.said().get("state") == "ready", "announced")
+                await life.until(lambda: floor.ready_count() == 1, "known to the gateway")
+                life.engine.in_flight = 1
+                await life.until(lambda: life.said()["in_flight"] == 1, "its load told")
+                life.agent.stopping.set()
+                await life.until(lambda: life.said().get("state") == "draining", "draining")
+                await asyncio.sleep(0.5)
+                assert not life.task.done(), "it waits for what runs"
+                life.engine.in_flight = 0
+            assert life.task.result() == 0
+            await asyncio.to_thread(wait_for, lambda: floor.ready_count() == 0, "gone from the gateway")
+
+        asyncio.run(live())
+
+    def test_an_engine_that_never_comes_up_is_given_up(self, floor: Stack) -> None:
+        async def live() -> None:
+            engine = FakeEngine("h:1")
+            engine.up = False
+            async with living(floor, engine, start_timeout_s=0.5) as life:
+                assert await life.task == 1
+
+        asyncio.run(live())
+
+    @pytest.mark.parametrize("when", ["start", "run", "reconcile", "drain"])
+    def test_an_engine_that_dies(self, floor: Stack, when: str) -> None:
+        """At once noticed, exit status 1, whatever the agent is at."""
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            engine.up = when != "start"
+            if when == "reconcile":
+                engine.adapters = FakeLoader()
+                engine.adapters.slow["hangs"] = 1000.0
+                publish(floor, "hangs")
+            if when == "drain":
+                engine.in_flight = 1
+            async with living(floor, engine, drain_timeout_s=30.0) as life:
+                await life.until(lambda: life.agent._process._child is not None, "started")
+                if when != "start":
+                    await life.until(lambda: life.said().get("state") == "ready", "announced")
+                if when == "reconcile":
+                    assert engine.adapters is not None
+                    await life.until(lambda: engine.adapters.asked, "loading")
+                if when == "drain":
+                    life.agent.stopping.set()
+                    await life.until(lambda: life.said().get("state") == "draining", "draining")
+                os.kill(life.pid(), signal.SIGKILL)
+                began = time.monotonic()
+                assert await life.task == 1
+                assert time.monotonic() - began < 2, "nobody waits for the dead"
+
+        asyncio.run(live())
+
+    @pytest.mark.parametrize("when", ["start", "run", "reconcile", "drain"])
+    def test_told_to_stop(self, floor: Stack, when: str) -> None:
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            engine.up = when != "start"
+            if when == "reconcile":
+                engine.adapters = FakeLoader()
+                engine.adapters.slow["hangs"] = 1000.0
+                publish(floor, "hangs")
+            async with living(floor, engine) as life:
+                await life.until(lambda: life.agent._process._child is not None, "started")
+                if when != "start":
+                    await life.until(lambda: life.said().get("state") == "ready", "announced")
+                began = time.monotonic()
+                life.agent.stopping.set()
+                if when == "drain":
+                    engine.in_flight = 1
+                    await life.until(lambda: life.said().get("state") == "draining", "draining")
+                    life.agent.stopping.set()
+                assert await life.task == 0
+                assert time.monotonic() - began < (4.5 if when == "drain" else 2)
+
+        asyncio.run(live())
+
+    def test_a_silent_engine_is_stalled_and_comes_back(self, floor: Stack) -> None:
+        async def live() -> None:
+            async with living(floor, stall_s=0.4) as life:
+                await life.until(lambda: life.said().get("state") == "ready", "announced")
+                life.engine.silent = True
+                await life.until(lambda: life.said().get("state") == "stalled", "stalled")
+                life.engine.silent = False
+                await life.until(lambda: life.said().get("state") == "ready", "ready again")
+
+        asyncio.run(live())
+
+
+class TestAdapters:
+    def test_the_base_is_announced_before_any_adapter_is_loaded(self, floor: Stack) -> None:
+        """A hanging load kept a worker silent for a minute; now it holds up nobody, not even the other adapters (B7)."""
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            engine.adapters = loader = FakeLoader()
+            loader.slow.update({"hangs": 1000.0, "slow": 0.3})
+            publish(floor, "hangs", "slow", "good")
+            async with living(floor, engine) as life:
+                await life.until(lambda: life.models() == ["base"], "the base alone", 2)
+                await life.until(lambda: set(life.models()) == {"base", "good", "slow"}, "the others")
+                assert loader.there == {"good", "slow"}
+
+        asyncio.run(live())
+
+    def test_what_fails_is_tried_again(self, floor: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A load, and an unload: an adapter that could not be unloaded stayed in the engine for ever (B8)."""
+        monkeypatch.setattr("services.worker.reconcile.RETRY_S", 0.2)
+        monkeypatch.setattr("services.worker.reconcile.EVERY_S", 0.05)
+
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            engine.adapters = loader = FakeLoader()
+            loader.failures["x"] = 2
+            publish(floor, "x")
+            async with living(floor, engine) as life:
+                await life.until(lambda: life.models() == ["base", "x"], "loaded at the third try")
+                loader.failures["x"] = 2
+                floor.redis("trainer").delete(ADAPTERS)
+                await life.until(lambda: life.models() == ["base"], "no longer announced")
+                await life.until(lambda: not loader.there, "unloaded at the third try")
+                assert [verb for verb, _ in loader.asked].count("unload") == 3
+                await asyncio.sleep(0.5)
+                assert [verb for verb, _ in loader.asked].count("unload") == 3, "and then left alone"
+
+        asyncio.run(live())
+
+    def test_it_is_unloaded_only_after_gateways_have_heard(self) -> None:
+        async def compare() -> None:
+            loader, shown = FakeLoader(), list[list[str]]()
+            registry = {"x": msgspec.json.encode(Adapter("x", f"ftjob-{1:024x}", "base", "d", "o", 1))}
+
+            async def read() -> dict:
+                return registry
+
+            keeper = Reconciler(loader, read, Model("base", 1), Path("/a"), lambda m: shown.append([e.id for e in m]), 0.2)
+            await keeper.compare()
+            await asyncio.sleep(0.01)
+            assert shown == [["x"]]
+            registry.clear()
+            await keeper.compare()
+            assert shown[-1] == []
+            await keeper.compare()
+            await asyncio.sleep(0.01)
+            assert loader.there == {"x"}
+            await asyncio.sleep(0.2)
+            await keeper.compare()
+            await asyncio.sleep(0.01)
+            assert loader.there == set()
+            assert keeper._not_before == {}
+
+        asyncio.run(compare())
+
+
+class TestRedis:
+    def test_a_full_redis_takes_nobody_out_of_the_table(self, tmp_path: Path) -> None:
+        """PUBLISH was in one transaction with SET: at maxmemory nothing was said, and everything answered 503 (B1)."""
+        async def live(stack: Stack) -> None:
+            async with living(stack) as life:
+                await life.until(lambda: stack.ready_count() == 1, "known")
+                redis, full_until = stack.redis("gateway"), time.monotonic() + 7.0
+                while time.monotonic() < full_until:  # longer than heartbeats live, and than gateways wait before they settle
+                    for size in (100_000, 1000, 10):
+                        with contextlib.suppress(RedisError):
+                            while True:
+                                redis.set(f"key:{os.urandom(8).hex()}", "x" * size)
+                    await asyncio.sleep(0.01)
+                assert life.said() == {}, "nothing can be stored"
+                assert stack.ready_count() == 1
+                life.engine.in_flight = 3
+                await asyncio.sleep(0.3)
+                life.agent.stopping.set()
+                await asyncio.to_thread(wait_for, lambda: stack.ready_count() == 0, "draining heard", 3)
+                life.engine.in_flight = 0
+
+        with running(tmp_path, redis_maxmemory="6mb") as stack:
+            asyncio.run(live(stack))
+
+    def test_redis_away_stops_no_engine(self, stack: Stack) -> None:
+        async def live() -> None:
+            async with living(stack) as life:
+                await life.until(lambda: life.said().get("state") == "ready", "announced")
+                stack.kill("redis")
+                await asyncio.sleep(1.5)
+                assert not life.task.done()
+                (stack.dials.run_dir / "redis.sock").unlink(missing_ok=True)
+                await asyncio.to_thread(stack.start_redis)
+                await life.until(lambda: life.said().get("state") == "ready", "announced again")
+                assert life.id in stack.redis().smembers(WORKERS)
+                assert os.kill(life.pid(), 0) is None
+
+        asyncio.run(live())
+
+    def test_redis_away_while_it_stops(self, stack: Stack) -> None:
+        async def live() -> None:
+            life = Life(stack, FakeEngine(f"127.0.0.1:{stack.worker_ports[0]}"))
+            await life.until(lambda: life.said().get("state") == "ready", "announced")
+            stack.kill("redis")
+            life.agent.stopping.set()
+            assert await asyncio.wait_for(life.task, 15) == 0
+
+        asyncio.run(live())
+
+
+class TestProcess:
+    def test_what_does_not_listen_is_killed_with_its_children(self) -> None:
+        async def live() -> None:
+            script = "import signal, subprocess; signal.signal(15, signal.SIG_IGN); p = subprocess.Popen(['sleep', '1000']); p.wait()"
+            process = Process([sys.executable, "-c", script], dict(os.environ))
+            pid = await process.start()
+            assert pid is not None
+            listed = Path(f"/proc/{pid}/task/{pid}/children")
+            await asyncio.to_thread(wait_for, lambda: listed.read_text().split(), "a child of its own")
+            children = listed.read_text().split()
+            await process.stop()
+            for child in (pid, *map(int, children)):
+                stat = Path(f"/proc/{child}/stat")
+                wait_for(lambda stat=stat: not stat.exists() or " Z " in stat.read_text(), f"{child} gone")
+
+        import services.worker.process as module
+        patience, module.PATIENCE_S = module.PATIENCE_S, ((signal.SIGTERM, 0.5), (signal.SIGKILL, 5.0))
+        try:
+            asyncio.run(live())
+        finally:
+            module.PATIENCE_S = patience
+
+    def test_without_a_command_there_is_nothing_to_die(self) -> None:
+        async def live() -> None:
+            process = Process(None, {})
+            assert await process.start() is None
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(process.wait(), 0.1)
+            await process.stop()
+
+        asyncio.run(live())
+
+
+class TestEngines:
+    @pytest.mark.parametrize("answer", [(200, b"{"), (200, b"[]"), (500, b"{}"), (200, b'{"in_flight":"x"}')])
+    def test_an_answer_that_cannot_be_read_is_silence(self, floor: Stack, answer: tuple[int, bytes]) -> None:
+        """A DecodeError from the load report ended agent and engine (B8)."""
+        async def ask() -> None:
+            engine = Vllm(settings(floor), "w")
+            engine._http = httpx.AsyncClient(base_url="http://x", transport=httpx.MockTransport(
+                lambda _: httpx.Response(answer[0], content=answer[1])))
+            for question in (engine.load, engine.models):
+                with pytest.raises(EngineSilent):
+                    await question()
+
+        asyncio.run(ask())
+
+    def test_attached_needs_an_address(self, floor: Stack) -> None:
+        for bad in ("", "https://x", "http://x/v1", "x:1"):
+            with pytest.raises(ValueError, match=r"(?i)engine_url"):
+                settings(floor, engine="attached", engine_url=bad)
+
+    def test_attached_to_a_second_server(self, floor: Stack, tmp_path: Path) -> None:
+        """A server that somebody else runs, without our middleware: found, relayed, metered, and gone when it is gone."""
+        port = free_ports(1)[0]
+        env = floor.env("worker") | {"ENGINE_PORT": str(port), "ADVERTISE_HOST": "127.0.0.1", "MODEL": "/nowhere",
+                                     "SERVED_MODEL_NAME": "foreign", "OWNGPT_WORKER_ID": "foreign"}
+        server = subprocess.Popen([sys.executable, "-m", "tests.fake_worker", "--unmetered", "--silent"], env=env)
+        secrets = floor.dials.secrets / "worker"
+        agent = subprocess.Popen([sys.executable, "-m", "services.worker"], stdout=open(tmp_path / "log", "w"), env=env | {
+            "ENGINE": "attached", "ENGINE_URL": f"http://127.0.0.1:{port}", "WORKER_NAME": "outside",
+            "WORKER_TOKEN_FILE": str(secrets / "worker_token")})
+        try:
+            wait_for(lambda: floor.ready_count() == 1, "attached", 15)
+            with floor.client() as client:
+                assert "fake" in [model["id"] for model in client.get("/v1/models").json()["data"]]
+            before = len(floor.redis().xrange("usage"))
+            answer, stream = floor.chat("say 3"), floor.chat("say 4", stream=True)
+            assert answer.status_code == stream.status_code == 200
+            assert answer.headers["x-owngpt-worker"].startswith("outside-")
+            assert stream.text.endswith("data: [DONE]\n\n")
+            records = floor.records(before + 2)[before:]
+            assert [(r["completion_tokens"], r["outcome"], r["key"]) for r in records] == [
+                (3, "ok", floor.record.id), (4, "ok", floor.record.id)]
+            server.kill()
+            wait_for(lambda: floor.ready_count() == 0, "its silence noticed", 10)
+            assert floor.chat("say 3").status_code in (502, 503)
+        finally:
+            agent.terminate()
+            server.kill()
+            assert agent.wait(15) == 0
+            server.wait()
+
+    def test_attached_reads_what_metrics_there_are(self, floor: Stack) -> None:
+        async def ask(metrics: bytes | None) -> tuple[Load, Numbers]:
+            def answer(request: httpx.Request) -> httpx.Response:
+                if request.url.path == "/v1/models":
+                    return httpx.Response(200, content=b'{"data":[{"id":"m","object":"model"}]}')
+                return httpx.Response(404) if metrics is None else httpx.Response(200, content=metrics)
+
+            engine = Attached(settings(floor, engine="attached", engine_url="http://there:8000"))
+            engine._http = httpx.AsyncClient(base_url="http://x", transport=httpx.MockTransport(answer))
+            assert await engine.models() == [Model("m", 0)]
+            return await engine.load(), await engine.numbers()
+
+        assert asyncio.run(ask(None)) == (Load(), Numbers())
+        text = b'vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_waiting 2\nvllm:kv_cache_usage_perc{} 0.5\n'
+        assert asyncio.run(ask(text)) == (Load(5, 5), Numbers(waiting=2, kv_use=0.5))
