@@ -28,7 +28,8 @@ from bench.mock_upstream import CHUNK
 from common.metering.metered import Metering
 from common.redis.names import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, worker_key
 from common.workers import Heartbeat, Model
-from services.local.plan import ROOT, find_nginx
+from services.local.configs import find_nginx
+from services.local.plan import ROOT
 from tests.harness import Stack, free_ports, running, wait_for
 from tests.up import MODEL, Up
 

@@ -1,13 +1,25 @@
-"""Files: their records and names, for whoever makes one."""
+"""Files of the Files API, for whoever makes one: the bytes whole on disk, then the record that makes them a file.
 
+Who makes bytes of its own moves them to FILES_DIR/{id} itself; `registration` is the same for all.
+"""
+
+import os
 import re
 import secrets
-from typing import Literal
+import shutil
+import time
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 
+from common.redis.names import file_key, files_key
+from common.redis.scripts import REGISTER
+
 Purpose = Literal["fine-tune", "batch", "batch_output", "fine-tune-results"]
 
+PARTIAL = ".partial"
+COPY_BYTES = 1024 * 1024
 _ID = re.compile(r"[a-z]{2,12}-[0-9a-f]{24}")
 
 
@@ -42,3 +54,24 @@ def new_id(kind: str) -> str:
 def is_id(text: str, kind: str) -> bool:
     """Whether a client's text has the shape of our ids of this kind; nothing else ever becomes a path or a key."""
     return text.startswith(kind + "-") and _ID.fullmatch(text) is not None
+
+
+def write_whole(source: BinaryIO, target: Path) -> int:
+    """Copy to `target`, on the disk itself, all of it or nothing. Returns the size in bytes. Raises OSError."""
+    partial = target.with_suffix(PARTIAL)
+    try:
+        with open(partial, "xb") as file:
+            shutil.copyfileobj(source, file, COPY_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return size
+
+
+def registration(file: File) -> tuple[Any, ...]:
+    """Arguments of EVAL that make a file exist, once its bytes are there."""
+    return (REGISTER, 2, file_key(file.id), files_key(file.owner), msgspec.json.encode(file), file.id,
+            f"{time.time():.6f}")

@@ -16,9 +16,10 @@ from common.metering import context
 from common.metering.context import CONTEXT
 from common.metering.meter import Meter
 from common.metering.metered import Metering
+from gateway.arrival import Arrival
 from gateway.attempts import Attempts, Reason
 from gateway.decision import Decision, Refuse, Relay, Response
-from gateway.path import Arrival, RequestPath
+from gateway.path import RequestPath
 from gateway.relay import Upstream
 from gateway.steps import Waiting, run
 

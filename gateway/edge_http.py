@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from common.routes import ROUTES
+from gateway.arrival import Arrival
 from gateway.decision import Relay, Response
 from gateway.edge_asgi import BEGUN
-from gateway.path import Arrival
 from gateway.steps import Waiting, start
 
 if TYPE_CHECKING:

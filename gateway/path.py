@@ -17,7 +17,6 @@ import itertools
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -35,6 +34,7 @@ from common.routes import ROUTES
 from common.workers import WorkerTable
 from gateway import attempts, routing
 from gateway.answers import Answers
+from gateway.arrival import Arrival
 from gateway.attempts import Attempts, HeldBack
 from gateway.decision import Accelerate, Decision, Refuse, Relay, Replay
 from gateway.decode import Ask, decode
@@ -45,35 +45,10 @@ from gateway.settings import Settings
 from gateway.steps import Steps
 
 if TYPE_CHECKING:
-    from gateway.tracing import Traced, Tracing
+    from gateway.tracing import Tracing
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{8,64}")
 RETRY_AFTER_S = 2
-
-Read = Callable[[int], Awaitable[bytes]]
-"""Reads a body up to a limit in bytes. Raises BodyTooLarge."""
-
-
-class Arrival:
-    """A request as it came, before anybody looked at it; and what the steps find out about it, one after the other."""
-
-    __slots__ = (
-        "answer", "attempt", "batch", "body", "headers", "method", "path", "read", "request_id", "route", "started",
-        "traced", "uid",
-    )
-
-    def __init__(
-        self, method: str, path: str, headers: Mapping[bytes, bytes], body: bytes | None, read: Read | None = None
-    ) -> None:
-        self.started = time.perf_counter()
-        self.method, self.path, self.headers, self.body, self.read = method, path, headers, body, read
-        self.route = ROUTES[path][0]
-        self.uid = self.request_id = ""
-        self.attempt, self.batch = 1, False
-        self.answer: str | None = None
-        """The question that an earlier attempt of this request leads."""
-        self.traced: Traced | None = None
-
 
 class RequestPath:
     """The hot routes: from an arrival to a decision."""

@@ -17,7 +17,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from common.metering.context import TRACEPARENT
 
 if TYPE_CHECKING:
-    from gateway.path import Arrival
+    from gateway.arrival import Arrival
 
 _propagator = TraceContextTextMapPropagator()
 

@@ -11,7 +11,8 @@ run() {
 }
 run ruff "$bin/ruff" check .
 run mypy "$bin/mypy" --strict common gateway services monitoring bench
-run "import contracts" "$bin/lint-imports" --no-cache
+run "import contracts" sh -c "$bin/lint-imports --no-cache >.import-contracts 2>&1 || { cat .import-contracts; false; }; rm -f .import-contracts"
+run "sizes: files over 300 lines, functions over 50, and why" "$bin/python" -m tests.sizes
 run shellcheck "$bin/shellcheck" services/base/make.sh services/worker/install-cpu.sh services/local/install.sh \
     nginx/entrypoint.sh nginx/pool.sh services/redis/start.sh monitoring/alertmanager/start.sh tests/check.sh .ci/run .ci/docker.sh
 run "nginx: gixy and nginx -t" "$bin/python" -m tests.lint_nginx

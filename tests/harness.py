@@ -18,7 +18,9 @@ from redis import Redis
 
 from common.keys import ApiKey, make
 from common.redis.names import api_key_key
-from services.local.plan import ROOT, Dials, Ports, cache_command, find_nginx, is_free, write_configs
+from services.local.configs import find_nginx, write_configs
+from services.local.plan import ROOT, Dials, Ports, is_free
+from services.local.programs import cache_command
 from services.local.state_server import find_redis
 from services.secrets.__main__ import make as make_secrets
 from services.worker.middleware import WORKER_ID

@@ -6,7 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from services.local.plan import Dials, Ports, find_nginx, write_configs
+from services.local.configs import find_nginx, write_configs
+from services.local.plan import Dials, Ports
 from services.secrets.__main__ import make
 
 

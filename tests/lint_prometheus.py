@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from services.local.plan import ROOT, Dials, Ports, prometheus_config
+from services.local.configs import prometheus_config
+from services.local.plan import ROOT, Dials, Ports
 
 
 def main() -> int:

@@ -21,10 +21,11 @@ from common.metering.context import CONTEXT
 from common.redis.names import api_key_key
 from common.workers import Heartbeat, Model, WorkerTable
 from gateway.answers import Answers
+from gateway.arrival import Arrival
 from gateway.attempts import Attempts, HeldBack
 from gateway.decision import Accelerate, Decision, Refuse, Relay, Replay
 from gateway.metrics import GatewayMetrics
-from gateway.path import Arrival, RequestPath
+from gateway.path import RequestPath
 from gateway.settings import Settings
 from gateway.steps import Waiting, start
 from tests.test_answers import SAID, FakeStore

@@ -41,7 +41,7 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from common.breaker import Breaker
-from services.local.plan import cache_command
+from services.local.programs import cache_command
 from services.secrets.__main__ import make as make_secrets
 from services.worker.identity import adapter_digest, model_digest
 from services.worker.vllm import shm

@@ -4,11 +4,49 @@ import re
 
 import msgspec
 
+from common.errors import encode_parts
+
 _PYDANTIC = re.compile(r"validation error.*?'loc': '([^']*)', 'msg': ['\"]([^'\"]*)", re.S)
 """The first problem in vLLM's list of pydantic errors; the rest repeats it for other message classes."""
 
 
-def engine_message(body: bytes) -> tuple[str, str | None]:
+_BROKEN = "The worker failed while it was answering."
+_STREAM_ERRORS = {
+    "chat": b"data: " + encode_parts(500, _BROKEN, "server_error", code="stream_interrupted")[2],
+    "messages": b"event: error\ndata: " + msgspec.json.encode(
+        {"type": "error", "error": {"type": "api_error", "message": _BROKEN}}
+    ),
+    "responses": b"event: error\ndata: " + msgspec.json.encode(
+        {"type": "error", "code": "stream_interrupted", "message": _BROKEN, "param": None}
+    ),
+}
+
+
+def in_stream(route: str) -> bytes:
+    """The event that ends a stream which broke: what the route's clients understand."""
+    return _STREAM_ERRORS.get(route, _STREAM_ERRORS["chat"])
+
+
+def in_our_words(
+    status: int, body: bytes, model: str, path: str
+) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body for an engine's error."""
+    message, param = _message(body)
+    if status >= 500:
+        refused = status == 503
+        return encode_parts(
+            status, "The worker takes no more requests right now." if refused else "The worker failed.",
+            "server_error", code="worker_refused" if refused else "worker_failed",
+            retry_after_s=1 if refused else None,
+        )
+    if not message or message in ("Not Found", "Method Not Allowed"):
+        text = f"The model {model!r} does not support {path}."
+        return encode_parts(status, text, "invalid_request_error", code="unsupported_endpoint")
+    code = {404: "model_not_found", 422: "unprocessable"}.get(status, "invalid_value")
+    return encode_parts(status, message, "invalid_request_error", param, code)
+
+
+def _message(body: bytes) -> tuple[str, str | None]:
     """Message and field of an engine's error body (OpenAI's, Anthropic's or FastAPI's shape)."""
     try:
         document = msgspec.json.decode(body)

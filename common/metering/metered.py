@@ -21,10 +21,9 @@ from loguru import logger
 from common.answers.keeping import Keeping
 from common.answers.store import BYPASS, HEADER, MISS, Store
 from common.asgi import App, Message, Receive, Scope, Send
-from common.errors import ApiError, UpstreamFailed, encode_parts
-from common.metering import context, sse, usage
+from common.errors import ApiError, UpstreamFailed
+from common.metering import context, engine_errors, sse, usage
 from common.metering.context import CONTEXT, TRACEPARENT, Context
-from common.metering.engine_errors import engine_message
 from common.metering.meter import Meter
 from common.metering.rewrite import rewrite
 from common.records import Record
@@ -38,16 +37,6 @@ _SALTED_ROUTES = ("chat", "completions", "responses", "messages", "embeddings")
 """Where vLLM takes a `cache_salt`; the rest reads no KV blocks."""
 _FROM_THE_GATEWAY = (CONTEXT, TRACEPARENT, b"x-request-id", b"x-vllm-priority", b"content-length")
 """Headers that are made anew for the engine."""
-_BROKEN = "The worker failed while it was answering."
-_STREAM_ERRORS = {
-    "chat": b"data: " + encode_parts(500, _BROKEN, "server_error", code="stream_interrupted")[2],
-    "messages": b"event: error\ndata: " + msgspec.json.encode(
-        {"type": "error", "error": {"type": "api_error", "message": _BROKEN}}
-    ),
-    "responses": b"event: error\ndata: " + msgspec.json.encode(
-        {"type": "error", "code": "stream_interrupted", "message": _BROKEN, "param": None}
-    ),
-}
 
 
 class _Wants(msgspec.Struct):
@@ -258,7 +247,7 @@ class _Metered:
             return event
         if said.broken:
             self.record.outcome = "stream_error"
-            return _STREAM_ERRORS.get(self.record.route, _STREAM_ERRORS["chat"])
+            return engine_errors.in_stream(self.record.route)
         usage.note(self.record, said)
         return None if self.hide_usage and said.only_usage else event
 
@@ -304,27 +293,8 @@ class _Metered:
         self.start_sent = True
         self.finished = True
         self.record.status = status
-        status, headers, out = _told_in_our_words(status, body, self.record.model, self.scope["path"])
+        status, headers, out = engine_errors.in_our_words(status, body, self.record.model, self.scope["path"])
         await self._send(
             {"type": "http.response.start", "status": status, "headers": [*headers, *self._explained()]}
         )
         await self._send({"type": "http.response.body", "body": out, "more_body": False})
-
-
-def _told_in_our_words(
-    status: int, body: bytes, model: str, path: str
-) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Status, headers and body for an engine's error."""
-    message, param = engine_message(body)
-    if status >= 500:
-        refused = status == 503
-        return encode_parts(
-            status, "The worker takes no more requests right now." if refused else "The worker failed.",
-            "server_error", code="worker_refused" if refused else "worker_failed",
-            retry_after_s=1 if refused else None,
-        )
-    if not message or message in ("Not Found", "Method Not Allowed"):
-        text = f"The model {model!r} does not support {path}."
-        return encode_parts(status, text, "invalid_request_error", code="unsupported_endpoint")
-    code = {404: "model_not_found", 422: "unprocessable"}.get(status, "invalid_value")
-    return encode_parts(status, message, "invalid_request_error", param, code)

@@ -83,3 +83,11 @@ end
 redis.call('SET', KEYS[1], ARGV[1])
 return passed
 """
+
+# KEYS[1] file:{id}  KEYS[2] files:{owner} ; ARGV the record as JSON, the id, Unix time.
+# Record and listing together, so that no file is known in one and not in the other. Returns 1.
+REGISTER = """
+redis.call('SET', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
+return 1
+"""

@@ -1,98 +1,40 @@
-"""The jobs service as a FastAPI app: python -m services.jobs serves it behind nginx.
-
-Knows HTTP; what a file or a job is stands in `files.py` and `tuning.py`.
-"""
+"""The jobs service as a FastAPI app: python -m services.jobs serves it behind nginx."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Path, Query, Request, Response
-from fastapi.responses import FileResponse
+from fastapi import FastAPI, Request, Response
 from loguru import logger
 from prometheus_client import CollectorRegistry
 from redis.exceptions import RedisError
-from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
-from common import errors, logs
+from common import logs
 from common.aliases import AliasTable
 from common.auth import Authenticator
 from common.feed import Feed, load_workers
 from common.redis.connect import connect
 from common.redis.names import CHANNEL_ALIASES, CHANNEL_KEYS, CHANNEL_WORKERS
-from common.serving import Owner, exposition, make_api
+from common.serving import exposition, make_api
 from common.tasks import end_tasks
 from common.workers import WorkerTable
-from services.jobs.aliases import NAME, Aliases, PutAlias, public
+from services.jobs.aliases import Aliases
 from services.jobs.batch_load import BatchLoad
-from services.jobs.batches import Batches, CreateBatch
-from services.jobs.files import UPLOADS, Files, page, too_large
+from services.jobs.batches import Batches
+from services.jobs.files import Files
 from services.jobs.front_door import FrontDoor
 from services.jobs.metrics import JobsMetrics
+from services.jobs.routes import add_routes
 from services.jobs.settings import JobsSettings
-from services.jobs.tuning import CreateJob, Tuning
-
-MULTIPART_OVERHEAD_BYTES = 64 * 1024
-
-
-After = Annotated[str | None, Query()]
-Limit = Annotated[int, Query(ge=1, le=100)]
+from services.jobs.tuning import Tuning
 
 
 def create(settings: JobsSettings) -> FastAPI:
     """The app."""
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        redis, table, aliases = connect(settings), WorkerTable(), AliasTable()
-        app.state.authenticator = authenticator = Authenticator(redis)
-        app.state.files = files = Files(redis, settings.files_dir, settings.max_file_bytes, settings.max_files_per_key)
-        app.state.tuning = tuning = Tuning(redis, files, table.base_models, settings.max_waiting_jobs)
-
-        app.state.aliases, app.state.table = Aliases(redis), table
-        front_door = FrontDoor(settings.gateway_url, settings.service_token)
-        app.state.registry = CollectorRegistry()
-        app.state.metrics = metrics = JobsMetrics(app.state.registry)
-        load = BatchLoad(redis, table)
-
-        def models() -> set[str]:
-            return table.models().keys() | aliases.targets.keys()
-
-        app.state.batches = batches = Batches(
-            redis, files, settings.files_dir / "batches", front_door, models, load.room, metrics
-        )
-
-        async def on_connect(connection: Any) -> None:
-            authenticator.distrust()
-            await load_workers(connection, table)
-            await aliases.load(connection)
-            await tuning.check_again()
-            await batches.go_on()
-
-        feed = Feed(
-            lambda: connect(settings, timeout_s=None),
-            {
-                CHANNEL_WORKERS: table.take,
-                CHANNEL_KEYS: authenticator.forget,
-                CHANNEL_ALIASES: aliases.take,
-            },
-            on_connect,
-        )
-        background = [asyncio.create_task(feed.run()), asyncio.create_task(tend(feed, table, files))]
-        background.append(asyncio.create_task(load.run(lambda: batches.in_flight)))
-        logger.info("jobs service up")
-        try:
-            yield
-        finally:
-            await end_tasks(background)
-            await tuning.close()
-            await batches.close()
-            await front_door.close()
-            await redis.aclose()
-
-    api = make_api(lifespan)
+    api = make_api(lambda app: running(app, settings))
     api.state.max_file_bytes = settings.max_file_bytes
     api.add_exception_handler(ClientDisconnect, answer_nobody)
 
@@ -102,12 +44,58 @@ def create(settings: JobsSettings) -> FastAPI:
             request.app.state.metrics.queued.set(await request.app.state.tuning.queued())
         return exposition(request.app.state.registry)
 
-    add_files(api)
-    add_tuning(api)
-    add_models(api)
-    add_aliases(api)
-    add_batches(api)
+    add_routes(api)
     return api
+
+
+@contextlib.asynccontextmanager
+async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
+    """Everything the routes use, and the tasks beside them."""
+    redis, table, aliases = connect(settings), WorkerTable(), AliasTable()
+    app.state.authenticator = authenticator = Authenticator(redis)
+    app.state.files = files = Files(redis, settings.files_dir, settings.max_file_bytes, settings.max_files_per_key)
+    app.state.tuning = tuning = Tuning(redis, files, table.base_models, settings.max_waiting_jobs)
+
+    app.state.aliases, app.state.table = Aliases(redis), table
+    front_door = FrontDoor(settings.gateway_url, settings.service_token)
+    app.state.registry = CollectorRegistry()
+    app.state.metrics = metrics = JobsMetrics(app.state.registry)
+    load = BatchLoad(redis, table)
+
+    def models() -> set[str]:
+        return table.models().keys() | aliases.targets.keys()
+
+    app.state.batches = batches = Batches(
+        redis, files, settings.files_dir / "batches", front_door, models, load.room, metrics
+    )
+
+    async def on_connect(connection: Any) -> None:
+        authenticator.distrust()
+        await load_workers(connection, table)
+        await aliases.load(connection)
+        await tuning.check_again()
+        await batches.go_on()
+
+    feed = Feed(
+        lambda: connect(settings, timeout_s=None),
+        {
+            CHANNEL_WORKERS: table.take,
+            CHANNEL_KEYS: authenticator.forget,
+            CHANNEL_ALIASES: aliases.take,
+        },
+        on_connect,
+    )
+    background = [asyncio.create_task(feed.run()), asyncio.create_task(tend(feed, table, files))]
+    background.append(asyncio.create_task(load.run(lambda: batches.in_flight)))
+    logger.info("jobs service up")
+    try:
+        yield
+    finally:
+        await end_tasks(background)
+        await tuning.close()
+        await batches.close()
+        await front_door.close()
+        await redis.aclose()
 
 
 async def tend(feed: Feed, table: WorkerTable, files: Files) -> None:
@@ -120,175 +108,6 @@ async def tend(feed: Feed, table: WorkerTable, files: Files) -> None:
                 logger.info("removed files without a record", count=removed)
             seconds += 1
         await asyncio.sleep(1.0)
-
-
-def add_files(api: FastAPI) -> None:
-    """/v1/files."""
-
-    @api.post("/v1/files")
-    async def upload(request: Request, who: Owner) -> dict[str, object]:
-        """A multipart form: `file` and `purpose`."""
-        limit = request.app.state.max_file_bytes
-        length = request.headers.get("content-length", "")
-        if not length.isdigit():
-            raise errors.InvalidRequest("The upload needs a Content-Length.", code="length_required")
-        if int(length) > limit + MULTIPART_OVERHEAD_BYTES:
-            raise too_large(limit)
-        async with request.form(max_files=1, max_fields=8) as form:
-            file, purpose = form.get("file"), form.get("purpose")
-            if not isinstance(file, UploadFile):
-                raise errors.InvalidRequest("The form has no file in its field 'file'.", param="file")
-            if purpose not in UPLOADS:
-                raise errors.InvalidRequest(
-                    f"The purpose is {purpose!r}; it can be {' or '.join(map(repr, UPLOADS))}.", param="purpose"
-                )
-            kept = await request.app.state.files.add(file.file, file.filename or "", purpose, who)
-        return dict(kept.public())
-
-    @api.get("/v1/files")
-    async def list_(
-        request: Request,
-        who: Owner,
-        purpose: str | None = None,
-        after: After = None,
-        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
-        order: str = "desc",
-    ) -> dict[str, object]:
-        found = [file.public() for file in await request.app.state.files.owned(who) if purpose in (None, file.purpose)]
-        return page(found[::-1] if order == "asc" else found, after, limit)
-
-    @api.get("/v1/files/{file_id}")
-    async def retrieve(request: Request, who: Owner, file_id: str) -> dict[str, object]:
-        return dict((await request.app.state.files.get(file_id, who)).public())
-
-    @api.get("/v1/files/{file_id}/content")
-    async def content(request: Request, who: Owner, file_id: str) -> Response:
-        file = await request.app.state.files.get(file_id, who)
-        return FileResponse(request.app.state.files.path(file), media_type="application/octet-stream")
-
-    @api.delete("/v1/files/{file_id}")
-    async def delete(request: Request, who: Owner, file_id: str) -> dict[str, object]:
-        file = await request.app.state.files.get(file_id, who)
-        await request.app.state.files.delete(file)
-        return {"id": file.id, "object": "file", "deleted": True}
-
-
-def add_tuning(api: FastAPI) -> None:
-    """/v1/fine_tuning."""
-
-    @api.post("/v1/fine_tuning/jobs")
-    async def create_job(request: Request, who: Owner, asked: CreateJob) -> dict[str, object]:
-        return dict((await request.app.state.tuning.create(asked, who)).public())
-
-    @api.get("/v1/fine_tuning/jobs")
-    async def list_jobs(request: Request, who: Owner, after: After = None, limit: Limit = 20) -> dict[str, object]:
-        wanted = {k[9:-1]: v for k, v in request.query_params.items() if k.startswith("metadata[") and k.endswith("]")}
-        return page(
-            [
-                job.public()
-                for job in await request.app.state.tuning.owned(who)
-                if wanted.items() <= (job.metadata or {}).items()
-            ],
-            after,
-            limit,
-        )
-
-    @api.get("/v1/fine_tuning/jobs/{job_id}")
-    async def get_job(request: Request, who: Owner, job_id: str) -> dict[str, object]:
-        return dict((await request.app.state.tuning.get(job_id, who)).public())
-
-    @api.get("/v1/fine_tuning/jobs/{job_id}/events")
-    async def events(
-        request: Request, who: Owner, job_id: str, after: After = None, limit: Limit = 20
-    ) -> dict[str, object]:
-        job = await request.app.state.tuning.get(job_id, who)
-        return page(await request.app.state.tuning.events(job), after, limit)
-
-    @api.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
-    async def checkpoints(
-        request: Request, who: Owner, job_id: str, after: After = None, limit: Limit = 10
-    ) -> dict[str, object]:
-        job = await request.app.state.tuning.get(job_id, who)
-        return page(await request.app.state.tuning.checkpoints(job), after, limit)
-
-    @api.post("/v1/fine_tuning/jobs/{job_id}/{verb}")
-    async def change(request: Request, who: Owner, job_id: str, verb: str) -> dict[str, object]:
-        tuning = request.app.state.tuning
-        verbs = {"cancel": tuning.cancel, "pause": tuning.pause, "resume": tuning.resume}
-        if verb not in verbs:
-            raise errors.NotFound(f"There is nothing at {request.scope['path']}.")
-        return dict((await verbs[verb](await tuning.get(job_id, who))).public())
-
-
-def add_batches(api: FastAPI) -> None:
-    """/v1/batches."""
-
-    @api.post("/v1/batches")
-    async def create_batch(request: Request, who: Owner, asked: CreateBatch) -> dict[str, object]:
-        return dict((await request.app.state.batches.create(asked, who)).public())
-
-    @api.get("/v1/batches")
-    async def list_batches(request: Request, who: Owner, after: After = None, limit: Limit = 20) -> dict[str, object]:
-        return page([batch.public() for batch in await request.app.state.batches.owned(who)], after, limit)
-
-    @api.get("/v1/batches/{batch_id}")
-    async def get_batch(request: Request, who: Owner, batch_id: str) -> dict[str, object]:
-        return dict((await request.app.state.batches.get(batch_id, who)).public())
-
-    @api.post("/v1/batches/{batch_id}/cancel")
-    async def cancel_batch(request: Request, who: Owner, batch_id: str) -> dict[str, object]:
-        batches = request.app.state.batches
-        return dict((await batches.cancel(await batches.get(batch_id, who))).public())
-
-
-def add_models(api: FastAPI) -> None:
-    """DELETE /v1/models/{name}; the gateway answers for the rest of /v1/models."""
-
-    @api.delete("/v1/models/{name:path}")
-    async def delete(request: Request, who: Owner, name: str) -> dict[str, object]:
-        used = [alias.name for alias in (await request.app.state.aliases.all()).values() if alias.model == name]
-        if used:
-            raise errors.InvalidRequest(
-                f"The alias {', '.join(used)} stands for this model; switch or delete it first.", code="model_in_use"
-            )
-        await request.app.state.tuning.delete_model(name, who)
-        return {"id": name, "object": "model", "deleted": True}
-
-
-def add_aliases(api: FastAPI) -> None:
-    """/v1/aliases."""
-
-    @api.get("/v1/aliases")
-    async def list_aliases(request: Request, who: Owner) -> dict[str, object]:
-        found = (await request.app.state.aliases.all()).values()
-        return {"object": "list", "data": [public(alias) for alias in found if alias.owner == who]}
-
-    @api.get("/v1/aliases/{name}")
-    async def get_alias(request: Request, who: Owner, name: str) -> dict[str, object]:
-        return public(await request.app.state.aliases.get(name, who))
-
-    @api.put("/v1/aliases/{name}")
-    async def put_alias(
-        request: Request, who: Owner, name: Annotated[str, Path(pattern=NAME)], asked: PutAlias
-    ) -> dict[str, object]:
-        served = request.app.state.table.models()
-        if name in served:
-            raise errors.InvalidRequest(f"{name!r} is the name of a model itself.", param="name", code="alias_taken")
-        if asked.model not in served:
-            raise errors.NotFound(
-                f"The model {asked.model!r} is not served. There are: {', '.join(sorted(served))}.",
-                param="model", code="model_not_found",
-            )  # fmt: skip
-        return public(await request.app.state.aliases.switch(name, asked.model, who))
-
-    @api.post("/v1/aliases/{name}/rollback")
-    async def rollback(request: Request, who: Owner, name: str) -> dict[str, object]:
-        return public(await request.app.state.aliases.rollback(name, who))
-
-    @api.delete("/v1/aliases/{name}")
-    async def delete(request: Request, who: Owner, name: str) -> dict[str, object]:
-        await request.app.state.aliases.delete(await request.app.state.aliases.get(name, who))
-        return {"id": name, "object": "alias", "deleted": True}
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:

@@ -6,7 +6,6 @@ https://platform.openai.com/docs/api-reference/files
 import asyncio
 import contextlib
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable
@@ -17,13 +16,12 @@ import msgspec
 from redis.asyncio import Redis
 
 from common import errors
-from common.files import File, Purpose, is_id, new_id
+from common.files import File, Purpose, is_id, new_id, registration, write_whole
 from common.redis.names import file_key, files_key
 
 UPLOADS: tuple[Purpose, ...] = ("fine-tune", "batch")
 ORPHAN_S = 3600.0
 """A file without a record is a crash's, unless it is younger than this: then its record may be on its way."""
-PARTIAL = ".partial"
 
 
 class Files:
@@ -47,14 +45,13 @@ class Files:
                 code="too_many_files",
             )
         file = File(new_id("file"), owner, clean_name(filename), purpose, 0, int(time.time()))
-        file.bytes = await asyncio.to_thread(self._write, source, self.path(file))
-        if file.bytes == 0:
+        file.bytes = await asyncio.to_thread(write_whole, source, self.path(file))
+        if file.bytes == 0 or file.bytes > self._max_bytes:
             self.path(file).unlink()
+            if file.bytes:
+                raise too_large(self._max_bytes)
             raise errors.InvalidRequest("The file is empty.", param="file", code="empty_file")
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(file_key(file.id), msgspec.json.encode(file))
-            pipe.zadd(files_key(owner), {file.id: time.time()})
-            await pipe.execute()
+        await self._redis.eval(*registration(file))
         return file
 
     async def get(self, file_id: str, owner: str, param: str | None = None) -> File:
@@ -83,10 +80,7 @@ class Files:
     async def adopt(self, source: Path, file: File) -> None:
         """Keep a file that was produced here: moved, then known."""
         await asyncio.to_thread(os.replace, source, self.path(file))
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(file_key(file.id), msgspec.json.encode(file))
-            pipe.zadd(files_key(file.owner), {file.id: time.time()})
-            await pipe.execute()
+        await self._redis.eval(*registration(file))
 
     async def sweep(self) -> int:
         """Remove what crashes left. Returns how many files that were."""
@@ -98,22 +92,6 @@ class Files:
                     path.unlink()
                     removed += 1
         return removed
-
-    def _write(self, source: BinaryIO, path: Path) -> int:
-        """Copy, all of it or nothing. Returns the size in bytes."""
-        partial = path.with_suffix(PARTIAL)
-        try:
-            with open(partial, "xb") as target:
-                shutil.copyfileobj(source, target, 1024 * 1024)
-                target.flush()
-                os.fsync(target.fileno())
-                size = target.tell()
-            if size > self._max_bytes:
-                raise too_large(self._max_bytes)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return size
 
 
 def too_large(limit_bytes: int) -> errors.ApiError:

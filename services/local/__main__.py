@@ -8,41 +8,31 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import xmlrpc.client
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated
 
 import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from supervisor.xmlrpc import SupervisorTransport
 
 from services.local import model as bundled
 from services.local import top
+from services.local.configs import write_configs
 from services.local.errors import UserError
-from services.local.plan import (
-    ROOT,
-    Dials,
-    Ports,
-    pick_ports,
-    programs,
-    supervisor_config,
-    write_configs,
-)
+from services.local.plan import ROOT, Dials, Ports, pick_ports
+from services.local.running import start, stop, wait_until_ready
 
 WORKER_NEEDS_BYTES = 3_200_000_000
 """Resident memory of one CPU worker beside weights and KV blocks, with room to breathe (docs/log.md)."""
 STATE_NEEDS_BYTES = 500_000_000
-USUAL_START_S = 30.0
 
 app = typer.Typer(help="OwnGPT as local processes.", no_args_is_help=True, add_completion=False)
 console = Console(highlight=False, stderr=False)
@@ -78,9 +68,13 @@ def check_room(dials: Dials) -> None:
     with open("/proc/meminfo") as meminfo:
         available = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
     weights = sum(file.stat().st_size for file in Path(dials.model).glob("*.safetensors"))
-    kv_bytes = int(os.environ.get("KV_CACHE_GIB") or 1) << 30
+    try:
+        kv_bytes = int(os.environ.get("KV_CACHE_GIB") or 1) << 30
+        host_bytes = int(float(os.environ.get("KV_HOST_GIB") or 0.5) * 2**30)
+    except ValueError as error:
+        raise UserError(f"KV_CACHE_GIB is a whole number of GiB, KV_HOST_GIB a number: {error}.") from error
     if (os.environ.get("KV_TIER") or "redis") == "redis":
-        kv_bytes += int(float(os.environ.get("KV_HOST_GIB") or 0.5) * 2**30)
+        kv_bytes += host_bytes
     needed = dials.workers * (WORKER_NEEDS_BYTES + kv_bytes + weights)
     if available < needed:
         raise UserError(
@@ -133,61 +127,6 @@ def prepare(dials: Dials, progress: Progress) -> Ports:
     return ports
 
 
-def start(dials: Dials, ports: Ports) -> subprocess.Popen[bytes]:
-    """supervisord with all programs; it stops them when this process is gone."""
-    wanted = programs(dials, ports)
-    config = dials.run_dir / "supervisord.conf"
-    config.write_text(supervisor_config(dials, wanted))
-    for program in wanted:
-        (dials.state / "logs" / f"{program.name}.log").write_text("")
-    python = sys.executable
-    return subprocess.Popen(
-        [python, "-m", "services.local.tether", python, "-m", "supervisor.supervisord", "-c", str(config)],
-        cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )
-
-
-def process_states(dials: Dials) -> dict[str, str]:
-    """Program -> supervisord's state name; empty while supervisord is not up."""
-    transport = SupervisorTransport(None, None, f"unix://{dials.run_dir}/supervisor.sock")
-    proxy: Any = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
-    try:
-        return {row["name"]: row["statename"] for row in proxy.supervisor.getAllProcessInfo()}
-    except (OSError, xmlrpc.client.Error):
-        return {}
-
-
-def last_words(log: Path) -> str:
-    """The most telling line of a log: its last error, else its last line; of a JSON line the end of its text."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    telling = ([line for line in lines if "Error" in line] or lines or ["it says nothing"])[-1]
-    with contextlib.suppress(ValueError):
-        said = json.loads(telling)
-        telling = str(said.get("exception") or said.get("event")).strip().splitlines()[-1]
-    return telling[:300]
-
-
-def wait_until_ready(dials: Dials, supervisor: subprocess.Popen[bytes], progress: Progress) -> None:
-    """Until every worker answers through nginx. Raises UserError with a program's last words when it gives up."""
-    task = progress.add_task(f"loading {dials.model_name} on {dials.workers} worker(s)", total=USUAL_START_S)
-    while True:
-        if supervisor.poll() is not None:
-            raise UserError(f"The supervisor stopped; see {dials.state}/logs/supervisord.log.")
-        with contextlib.suppress(httpx.HTTPError, ValueError):
-            answer = httpx.get(f"http://{dials.host}:{dials.port}/ready", timeout=1.0)
-            if answer.json().get("workers", {}).get("ready", 0) >= dials.workers:
-                progress.update(task, completed=USUAL_START_S)
-                return
-        for name, state in process_states(dials).items():
-            log = dials.state / "logs" / f"{name}.log"
-            died = name.startswith("worker") and '"engine died"' in log.read_text(errors="replace")
-            if state == "FATAL" or died:
-                raise UserError(f"{name} does not start: {last_words(log)} ({log})")
-        if not progress.finished:
-            progress.advance(task, 0.1)
-        time.sleep(0.1)
-
-
 def first_key(dials: Dials) -> str:
     """The key made on the first start, kept in the state folder."""
     path = dials.state / "api_key"
@@ -227,16 +166,6 @@ def show_way_in(dials: Dials, key: str, took_s: float) -> None:
     console.print('For the openai SDK:  eval "$(make env)"      How it is doing:  make top\n',
                   soft_wrap=True, markup=False)
     sys.stdout.flush()
-
-
-def stop(supervisor: subprocess.Popen[bytes]) -> None:
-    """Stop everything and wait for it."""
-    with contextlib.suppress(ProcessLookupError):
-        supervisor.terminate()
-    try:
-        supervisor.wait(40)
-    except subprocess.TimeoutExpired:
-        supervisor.kill()
 
 
 @app.command()

@@ -21,23 +21,14 @@ from redis.exceptions import RedisError
 
 from common import logs
 from common.adapters import Adapter, model_name, read_registry
-from common.files import File, new_id
-from common.jobstore import LEASE_MS, MAX_EVENTS, Job, event, invalid_file, move, problem_events, unpack
-from common.redis.names import (
-    ADAPTERS,
-    FT_QUEUE,
-    FT_TAKEN,
-    checkpoints_key,
-    events_key,
-    file_key,
-    files_key,
-    job_key,
-    lease_key,
-)
+from common.files import File, new_id, registration, write_whole
+from common.jobstore import Job, Status, invalid_file, problem_events
+from common.redis.names import ADAPTERS
 from common.settings import read_settings
 from services.trainer import metrics, publish
 from services.trainer.plan import DATA_AT_FAULT, PAUSED, Folder, Plan
 from services.trainer.process import Run
+from services.trainer.queue import Queue
 from services.trainer.settings import TrainerSettings
 
 POLL_S = 0.2
@@ -62,8 +53,8 @@ class Trainer:
             socket_timeout=10,
             health_check_interval=30,
         )
+        self._queue = Queue(self._redis)
         self._stopping = threading.Event()
-        self._held = ""
         self._tidy_at = 0.0
 
     def stop(self, *_: object) -> None:
@@ -78,7 +69,7 @@ class Trainer:
                 if time.monotonic() > self._tidy_at:
                     self._tidy_at = time.monotonic() + TIDY_EVERY_S
                     self._tidy()
-                if (job := self._claim()) is not None:
+                if (job := self._queue.claim()) is not None:
                     self._work(job)
             except (RedisError, OSError, httpx.HTTPError) as error:  # the job stays taken and is tried again
                 logger.warning("redis or a worker is away; trying again", error=str(error))
@@ -87,37 +78,9 @@ class Trainer:
                 break
         logger.info("trainer down")
 
-    # --- the queue -----------------------------------------------------------------------------
-
-    def _claim(self) -> Job | None:
-        """A job whose trainer is gone, else the next one of the queue, else None after a second."""
-        for job_id in map(str, self._redis.lrange(FT_TAKEN, 0, -1)):
-            taken = self._redis.set(lease_key(job_id), "1", nx=True, px=LEASE_MS)
-            if taken and (job := self._start(job_id)) is not None:
-                return job
-        next_id = self._redis.blmove(FT_QUEUE, FT_TAKEN, 1, "RIGHT", "LEFT")
-        if next_id is None:
-            return None
-        self._redis.set(lease_key(str(next_id)), "1", px=LEASE_MS)
-        return self._start(str(next_id))
-
-    def _start(self, job_id: str) -> Job | None:
-        if self._redis.eval(*move(job_id, ("queued", "running"), status="running")) != "ok":
-            self._drop(job_id)
-            return None
-        self._held = job_id
-        return unpack(self._redis.hgetall(job_key(job_id)), Job)
-
-    def _drop(self, job_id: str) -> None:
-        """This job is nobody's any more."""
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.lrem(FT_TAKEN, 0, job_id)
-            pipe.delete(lease_key(job_id))
-            pipe.execute()
-
     def _still(self) -> None:
         """Keep the lease. Raises Stopped."""
-        self._redis.set(lease_key(self._held), "1", px=LEASE_MS)
+        self._queue.keep()
         if self._stopping.is_set():
             raise Stopped
 
@@ -134,7 +97,7 @@ class Trainer:
         folder = Folder(self._settings.runs_dir / job.id)
         folder.root.mkdir(parents=True, exist_ok=True)
         logger.info("job starts", job=job.id)
-        self._say(job, "Fine-tuning job started")
+        self._queue.say(job, "Fine-tuning job started")
         metrics.jobs_running.set(1)
         try:
             result = self._train(job, folder)
@@ -143,7 +106,7 @@ class Trainer:
         except publish.Refused as refused:
             self._end(job, "failed", error={"code": refused.code, "param": None, "message": str(refused)})
         except Stopped:
-            self._redis.delete(lease_key(job.id))
+            self._queue.let_go()
             raise
         except (RedisError, OSError, httpx.HTTPError):
             raise
@@ -171,8 +134,8 @@ class Trainer:
                 if said is not None:
                     self._hear(job, said)
                     continue
-                self._redis.set(lease_key(job.id), "1", px=LEASE_MS)
-                if not wish and (wish := str(self._redis.hget(job_key(job.id), "wish") or "")):
+                self._queue.keep()
+                if not wish and (wish := self._queue.wish(job)):
                     run.kill() if wish == "cancel" else folder.pause.touch()
                 if self._stopping.is_set():
                     run.stop()
@@ -181,14 +144,12 @@ class Trainer:
             return run.result
         if run.status == DATA_AT_FAULT:
             rejected = run.rejected or {"problems": [{"param": "training_file", "code": "rejected"}], "summary": ""}
-            self._redis.rpush(events_key(job.id), *problem_events(rejected["problems"]))
+            self._queue.report(job, problem_events(rejected["problems"]))
             self._end(job, "failed", error=invalid_file(rejected["problems"], rejected["summary"]))
         elif wish == "cancel":
             self._end(job, "cancelled")
         elif run.status == PAUSED:
-            self._redis.eval(*move(job.id, ("running",), status="paused", wish=""))
-            self._say(job, "The job is paused.")
-            self._drop(job.id)
+            self._queue.pause(job)
         else:
             self._end(job, "failed", error={"code": "training_failed", "param": None, "message": run.explain()})
         return None
@@ -213,16 +174,16 @@ class Trainer:
         """Pass on what the run says."""
         kind = said.pop("kind")
         if kind == "message":
-            self._say(job, said["message"], said["level"])
+            self._queue.say(job, said["message"], said["level"])
         elif kind == "data":
-            self._say(
+            self._queue.say(
                 job,
                 f"{said['rows']} training rows with {said['tokens']} tokens, {said['learnt_tokens']} of them learnt; "
                 f"{said['validation_rows']} validation rows; longest: "
                 + ", ".join(f"line {line} ({tokens} tokens)" for line, tokens in said["longest"]),
             )
         elif kind == "resolved":
-            self._redis.eval(*move(job.id, ("running",), hyperparameters=said))
+            self._queue.note(job, hyperparameters=said)
         elif kind == "metrics":
             metrics.hear(said)
             loss = said.get("train_loss")
@@ -231,29 +192,18 @@ class Trainer:
                 if loss is not None
                 else f"full validation loss={said['full_valid_loss']:.4f}"
             )
-            self._say(job, f"Step {said['step']}/{said['total_steps']}: {text}", data=said)
+            self._queue.say(job, f"Step {said['step']}/{said['total_steps']}: {text}", data=said)
             if "eta_s" in said:
-                self._redis.eval(*move(job.id, ("running",), estimated_finish=int(time.time() + said["eta_s"])))
+                self._queue.note(job, estimated_finish=int(time.time() + said["eta_s"]))
         elif kind == "checkpoint":
-            self._redis.rpush(
-                checkpoints_key(job.id),
-                json.dumps(
-                    {
-                        "id": new_id("ftckpt"),
-                        "object": "fine_tuning.job.checkpoint",
-                        "created_at": int(time.time()),
-                        "fine_tuning_job_id": job.id,
-                        "step_number": said["step"],
-                        "metrics": {"step": said["step"]} | said["metrics"],
-                        "fine_tuned_model_checkpoint": f"{self._name(job)}:ckpt-step-{said['step']}",
-                    }
-                ),
-            )
+            name = f"{self._name(job)}:ckpt-step-{said['step']}"
+            self._queue.checkpoint(job, said["step"], said["metrics"], name)
 
     def _publish(self, job: Job, folder: Folder, result: dict[str, float]) -> None:
         """Through the gate and to the workers; then the job has succeeded."""
         publish.check_loss(result)
-        self._say(job, f"validation loss {result['valid_loss']:.4f}, the base model's {result['base_valid_loss']:.4f}")
+        losses = f"validation loss {result['valid_loss']:.4f}, the base model's {result['base_valid_loss']:.4f}"
+        self._queue.say(job, losses)
         deadline = time.monotonic() + publish.WORKER_PATIENCE_S
         while not (workers := publish.ready_workers(self._redis, job.model)):
             if time.monotonic() > deadline:
@@ -265,12 +215,12 @@ class Trainer:
         count = publish.check_tokens(
             json.loads(folder.prompts.read_text()), workers, job.model, self._settings.worker_token
         )
-        self._say(job, f"{count} prompts: trained and served token ids are the same")
+        self._queue.say(job, f"{count} prompts: trained and served token ids are the same")
         digest = publish.place(folder.adapter, self._settings.adapters_dir / job.id)
         adapter = Adapter(self._name(job), job.id, job.model, digest, job.owner, int(time.time()))
         publish.register(self._redis, adapter)
         have = publish.wait_until_served(self._redis, adapter, self._still)
-        self._say(job, f"{adapter.name} is served by {have} worker{'s' if have > 1 else ''}")
+        self._queue.say(job, f"{adapter.name} is served by {have} worker{'s' if have > 1 else ''}")
         self._end(
             job,
             "succeeded",
@@ -282,40 +232,20 @@ class Trainer:
 
     def _keep(self, job: Job, source: Path) -> str:
         """Offer a file of the run through the Files API. Returns its id."""
-        file = File(
-            new_id("file"), job.owner, source.name, "fine-tune-results", source.stat().st_size, int(time.time())
-        )
-        target = self._settings.files_dir / file.id
-        target.write_bytes(source.read_bytes())
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(file_key(file.id), msgspec.json.encode(file))
-            pipe.zadd(files_key(job.owner), {file.id: time.time()})
-            pipe.execute()
+        file = File(new_id("file"), job.owner, source.name, "fine-tune-results", 0, int(time.time()))
+        with open(source, "rb") as bytes_:
+            file.bytes = write_whole(bytes_, self._settings.files_dir / file.id)
+        self._redis.eval(*registration(file))
         return file.id
+
+    def _end(self, job: Job, status: Status, **fields: Any) -> None:
+        """The last word on a job."""
+        self._queue.end(job, status, **fields)
+        metrics.jobs_ended.labels(status).inc()
+        logger.info("job ends", job=job.id, status=status, error=(fields.get("error") or {}).get("code"))
 
     def _name(self, job: Job) -> str:
         return model_name(job.model, job.suffix, job.id)
-
-    def _say(self, job: Job, message: str, level: str = "info", data: dict[str, Any] | None = None) -> None:
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.rpush(events_key(job.id), event(message, level, data))
-            pipe.ltrim(events_key(job.id), -MAX_EVENTS, -1)
-            pipe.execute()
-
-    def _end(self, job: Job, status: str, **fields: Any) -> None:
-        """The last word on a job."""
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.eval(*move(job.id, ("running",), status=status, wish="", finished_at=int(time.time()), **fields))
-            if fields.get("error"):
-                pipe.rpush(events_key(job.id), event(fields["error"]["message"], "error"))
-            pipe.rpush(
-                events_key(job.id),
-                event(f"The job has {status}." if status != "cancelled" else "The job is cancelled."),
-            )
-            pipe.execute()
-        self._drop(job.id)
-        metrics.jobs_ended.labels(status).inc()
-        logger.info("job ends", job=job.id, status=status, error=(fields.get("error") or {}).get("code"))
 
 
 def main() -> None:

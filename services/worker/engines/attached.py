@@ -9,7 +9,16 @@ import httpx
 import msgspec
 
 from common.workers import Model
-from services.worker.engines.base import ANSWER_TIMEOUT_S, AdapterLoader, EngineSilent, Load, Numbers, Prometheus, Refused, get
+from services.worker.engines.base import (
+    ANSWER_TIMEOUT_S,
+    AdapterLoader,
+    EngineSilent,
+    Load,
+    Numbers,
+    Prometheus,
+    Refused,
+    get,
+)
 from services.worker.settings import WorkerSettings
 
 _METRICS = Prometheus(b"vllm:num_requests_running", b"vllm:num_requests_waiting", b"vllm:kv_cache_usage_perc")

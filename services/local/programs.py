@@ -1,0 +1,208 @@
+"""The programs of the stack, as `make up` starts them. compose.yaml starts the same; a test compares the two."""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.local.configs import find_exporter, find_nginx
+from services.local.plan import ROOT, Dials, Ports
+from services.local.state_server import find_redis
+
+SUPERVISOR_PROGRAM = """\
+[program:{name}]
+command={command}
+directory={directory}
+environment={environment}
+autorestart=true
+startsecs={start_s}
+startretries=3
+stopwaitsecs={stop_s}
+stopsignal=TERM
+priority={priority}
+stdout_logfile={log}
+stdout_logfile_maxbytes=20MB
+stdout_logfile_backups=2
+redirect_stderr=true
+"""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One supervised process."""
+
+    name: str
+    command: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    stop_s: int = 10
+    start_s: int = 1
+    priority: int = 100
+
+
+def cpu_slices(workers: int) -> list[str]:
+    """VLLM_CPU_OMP_THREADS_BIND for each of several workers: the cores dealt out. Empty: the worker decides."""
+    cores = sorted(os.sched_getaffinity(0))
+    if workers == 1 or len(cores) < workers:
+        return [""] * workers
+    return [",".join(map(str, cores[i::workers])) for i in range(workers)]
+
+
+def cache_command(sock: Path, secrets: Path, maxmemory: str = "1gb") -> list[str]:
+    """redis-cache on a unix socket, bounded to `maxmemory`, never on disk."""
+    return [find_redis(), str(ROOT / "services/redis/cache.conf"), "--port", "0",
+            "--unixsocket", str(sock), "--unixsocketperm", "700", "--dir", str(sock.parent),
+            "--aclfile", str(secrets / "redis/cache.acl"), "--maxmemory", maxmemory]
+
+
+def programs(dials: Dials, ports: Ports) -> list[Program]:
+    """The stack, in the order of a request's way back to front."""
+    found = redis_servers(dials)
+    for number, (port, cores) in enumerate(zip(ports.workers, cpu_slices(dials.workers), strict=True), 1):
+        found.append(worker(dials, number, port, cores))
+    prometheus = shutil.which("prometheus")
+    found += [
+        ours("gateway", dials, ["--port", str(ports.gateway), "--socket", str(dials.gateway_socket)],
+             secrets=("redis_password", "worker_token", "service_token", "cache_secret", "answer_secret")),
+        ours("jobs", dials, ["--port", str(ports.jobs)], {
+            "GATEWAY_URL": f"http://127.0.0.1:{ports.inner}", "FILES_DIR": str(dials.state / "files"),
+        }, secrets=("redis_password", "service_token")),
+        ours("ledger", dials, ["--port", str(ports.ledger)], {
+            "GPU_EXPORTER_URL": f"http://127.0.0.1:{ports.gpu_exporter}",
+            "PROMETHEUS_URL": f"http://127.0.0.1:{ports.prometheus}" if prometheus else "",
+        }, secrets=("redis_password",)),
+        ours("gpu_exporter", dials, ["--port", str(ports.gpu_exporter)], {"DISKS": str(dials.state)}),
+        trainer(dials, ports),
+        Program("nginx", [
+            find_nginx(), "-p", str(dials.run_dir), "-e", "stderr", "-c", str(dials.run_dir / "nginx.conf"),
+        ], priority=40),
+    ]
+    if prometheus:
+        found += [*exporters(dials, ports), prometheus_server(prometheus, dials, ports)]
+    return found
+
+
+def ours(
+    name: str, dials: Dials, arguments: Sequence[str] = (), env: dict[str, str] | None = None,
+    secrets: Sequence[str] = (), program: str = "", **how: int,
+) -> Program:
+    """A program of ours, `program` if it is not called `name`, with its own folder's secrets."""
+    program = program or name
+    module = program if program == "gateway" else f"services.{program}"
+    shared = {
+        "REDIS_URL": dials.redis_url, "CACHE_REDIS_URL": dials.cache_redis_url,
+        "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT),
+    }
+    files = {f"{secret.upper()}_FILE": str(dials.secrets / program / secret) for secret in secrets}
+    return Program(name, [sys.executable, "-m", module, *arguments], shared | files | (env or {}),
+                   **{"priority": 30, **how})
+
+
+def redis_servers(dials: Dials) -> list[Program]:
+    """State and cache, on unix sockets."""
+    state = dials.state / "redis"
+    command = [
+        find_redis(state), str(ROOT / "services/redis/redis.conf"), "--port", "0", "--dir", str(state),
+        "--unixsocket", str(dials.run_dir / "redis.sock"), "--unixsocketperm", "700",
+        "--aclfile", str(dials.secrets / "redis/users.acl"),
+        "--maxmemory", os.environ.get("REDIS_MAXMEMORY") or "800mb",
+    ]  # fmt: skip
+    cache = cache_command(
+        dials.run_dir / "redis-cache.sock", dials.secrets, os.environ.get("CACHE_MAXMEMORY") or "1gb"
+    )
+    return [Program("redis", command, priority=10), Program("redis-cache", cache, priority=10)]
+
+
+def worker(dials: Dials, number: int, port: int, cores: str) -> Program:
+    """One of the workers."""
+    adapters = {} if os.environ.get("ADAPTERS_DIR") == "" else {"ADAPTERS_DIR": str(dials.state / "adapters")}
+    return ours(f"worker-{number}", dials, env={
+        "WORKER_NAME": f"worker-{number}",
+        "MODEL": dials.model,
+        "SERVED_MODEL_NAME": dials.model_name,
+        "ENGINE_PORT": str(port),
+        "ADVERTISE_HOST": "127.0.0.1",
+        "CPU_THREADS_BIND": cores,
+        "KV_TIER": os.environ.get("KV_TIER") or "redis",
+        "DRAIN_TIMEOUT_S": "5",
+        **adapters,
+    }, secrets=("redis_password", "worker_token", "answer_secret", "kv_secret"), program="worker",
+        stop_s=25, start_s=5, priority=20)  # fmt: skip
+
+
+def trainer(dials: Dials, ports: Ports) -> Program:
+    """The trainer."""
+    return ours("trainer", dials, env={
+        "MODEL": dials.model,
+        "FILES_DIR": str(dials.state / "files"),
+        "RUNS_DIR": str(dials.state / "runs"),
+        "ADAPTERS_DIR": str(dials.state / "adapters"),
+        "TRAINER_METRICS_PORT": str(ports.trainer),
+    }, secrets=("redis_password", "worker_token"), stop_s=15)
+
+
+def prometheus_server(program: str, dials: Dials, ports: Ports) -> Program:
+    """The system's Prometheus."""
+    return Program("prometheus", [
+        program, f"--config.file={dials.run_dir}/prometheus.yml", f"--storage.tsdb.path={dials.state}/prometheus",
+        f"--web.listen-address=127.0.0.1:{ports.prometheus}",
+        f"--storage.tsdb.retention.time={os.environ.get('METRICS_RETENTION') or '30d'}",
+        "--storage.tsdb.retention.size=4GB", "--enable-feature=exemplar-storage",
+    ], priority=50)
+
+
+def exporters(dials: Dials, ports: Ports) -> list[Program]:
+    """The system's exporters for nginx and redis, where they are installed."""
+    found = []
+    if redis := find_exporter("redis"):
+        # The password goes through the shell, so that it stands in no file but its own and in no command line.
+        found.append(Program("redis-exporter", [
+            "sh", "-c", 'REDIS_PASSWORD=$(cat "$0") exec "$@"', str(dials.secrets / "monitor/redis_password"), redis,
+            "-redis.user", "monitor", "-redis.addr", "", "-web.listen-address", f"127.0.0.1:{ports.redis_exporter}",
+        ], priority=50))
+    if nginx := find_exporter("nginx"):
+        found.append(Program("nginx-exporter", [
+            nginx, "-nginx.scrape-uri", f"http://127.0.0.1:{ports.nginx_status}/status",
+            "-web.listen-address", f"127.0.0.1:{ports.nginx_exporter}",
+        ], priority=50))
+    return found
+
+
+def supervisor_config(dials: Dials, wanted: list[Program]) -> str:
+    """supervisord's configuration: the programs, tethered, restarted when they die."""
+    run_dir = dials.run_dir
+    head = f"""\
+[supervisord]
+logfile={dials.state}/logs/supervisord.log
+pidfile={run_dir}/supervisord.pid
+childlogdir={dials.state}/logs
+nodaemon=true
+silent=true
+[unix_http_server]
+file={run_dir}/supervisor.sock
+chmod=0700
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+[supervisorctl]
+serverurl=unix://{run_dir}/supervisor.sock
+"""
+    tether = [sys.executable, "-m", "services.local.tether"]
+    return head + "".join(
+        SUPERVISOR_PROGRAM.format(
+            name=program.name,
+            command=" ".join(_quote(part) for part in [*tether, *program.command]),
+            directory=ROOT,
+            environment=",".join(f"{k}={_quote(v)}" for k, v in program.env.items()),
+            start_s=program.start_s,
+            stop_s=program.stop_s,
+            priority=program.priority,
+            log=dials.state / "logs" / f"{program.name}.log",
+        )
+        for program in wanted
+    )
+
+
+def _quote(text: str) -> str:
+    """A word for supervisord's config, where % and quotes are special."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'

@@ -1,0 +1,88 @@
+"""The supervisor and its programs: started, watched until they answer, stopped."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.progress import Progress
+from supervisor.xmlrpc import SupervisorTransport
+
+from services.local.errors import UserError
+from services.local.plan import ROOT, Dials, Ports
+from services.local.programs import programs, supervisor_config
+
+USUAL_START_S = 30.0
+
+
+def start(dials: Dials, ports: Ports) -> subprocess.Popen[bytes]:
+    """supervisord with all programs; it stops them when this process is gone."""
+    wanted = programs(dials, ports)
+    config = dials.run_dir / "supervisord.conf"
+    config.write_text(supervisor_config(dials, wanted))
+    for program in wanted:
+        (dials.state / "logs" / f"{program.name}.log").write_text("")
+    python = sys.executable
+    return subprocess.Popen(
+        [python, "-m", "services.local.tether", python, "-m", "supervisor.supervisord", "-c", str(config)],
+        cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+
+
+def process_states(dials: Dials) -> dict[str, str]:
+    """Program -> supervisord's state name; empty while supervisord is not up."""
+    transport = SupervisorTransport(None, None, f"unix://{dials.run_dir}/supervisor.sock")
+    proxy: Any = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
+    try:
+        return {row["name"]: row["statename"] for row in proxy.supervisor.getAllProcessInfo()}
+    except (OSError, xmlrpc.client.Error):
+        return {}
+
+
+def last_words(log: Path) -> str:
+    """The most telling line of a log: its last error, else its last line; of a JSON line the end of its text."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    telling = ([line for line in lines if "Error" in line] or lines or ["it says nothing"])[-1]
+    with contextlib.suppress(ValueError):
+        said = json.loads(telling)
+        telling = str(said.get("exception") or said.get("event")).strip().splitlines()[-1]
+    return telling[:300]
+
+
+def wait_until_ready(dials: Dials, supervisor: subprocess.Popen[bytes], progress: Progress) -> None:
+    """Until every worker answers through nginx. Raises UserError with a program's last words when it gives up."""
+    names = os.environ.get("SERVER_NAMES", "").split()
+    named = {"host": names[0]} if names and names[0] != "_" else None
+    task = progress.add_task(f"loading {dials.model_name} on {dials.workers} worker(s)", total=USUAL_START_S)
+    while True:
+        if supervisor.poll() is not None:
+            raise UserError(f"The supervisor stopped; see {dials.state}/logs/supervisord.log.")
+        with contextlib.suppress(httpx.HTTPError, ValueError):
+            answer = httpx.get(f"http://{dials.host}:{dials.port}/ready", timeout=1.0, headers=named)
+            if answer.json().get("workers", {}).get("ready", 0) >= dials.workers:
+                progress.update(task, completed=USUAL_START_S)
+                return
+        for name, state in process_states(dials).items():
+            log = dials.state / "logs" / f"{name}.log"
+            died = name.startswith("worker") and '"engine died"' in log.read_text(errors="replace")
+            if state == "FATAL" or died:
+                raise UserError(f"{name} does not start: {last_words(log)} ({log})")
+        if not progress.finished:
+            progress.advance(task, 0.1)
+        time.sleep(0.1)
+
+
+def stop(supervisor: subprocess.Popen[bytes]) -> None:
+    """Stop everything and wait for it."""
+    with contextlib.suppress(ProcessLookupError):
+        supervisor.terminate()
+    try:
+        supervisor.wait(40)
+    except subprocess.TimeoutExpired:
+        supervisor.kill()
