@@ -22,26 +22,34 @@ from pathlib import Path
 
 import msgspec
 import openai
+from loguru import logger
 
 from bench import peers
 from bench.mock_upstream import CHUNK
+from common.aliases import Alias
 from common.metering.metered import Metering
-from common.redis.names import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, worker_key
+from common.redis.names import ALIASES, CHANNEL_ALIASES, CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, worker_key
 from common.workers import Heartbeat, Model
+from gateway.arrival import Arrival
+from gateway.steps import start
 from services.local.configs import find_nginx
 from services.local.plan import ROOT
 from tests.harness import Stack, free_ports, running, wait_for
+from tests.test_decision import Bench
 from tests.up import MODEL, Up
 
 BOUNDS = {
-    "stream_cpu_vs_nginx_64": "<= 1.15",
-    "stream_cpu_vs_nginx_400": "<= 1.15",
+    "stream_cpu_vs_nginx_64": "<= 1.05",
+    "stream_cpu_vs_nginx_400": "<= 1.10",
+    "stream_cpu_deterministic_vs_nginx_64": "<= 1.15",
+    "stream_cpu_alias_vs_nginx_64": "<= 1.15",
     "stream_cpu_vs_vllm_router": "< 1.0",
-    "metering_us_per_chunk": "<= 5",
-    "rps_vs_litellm": ">= 40",
-    "rps_vs_vllm_router": ">= 0.5 (0.9 aimed at)",
-    "ttfb_added_p50_ms": "<= 1",
-    "ttfb_added_p99_ms": "<= 5",
+    "decision_1000_vs_2": "<= 1.5",
+    "metering_us_per_chunk": "<= 2",
+    "rps_vs_litellm": ">= 100",
+    "rps_vs_vllm_router": ">= 1.0",
+    "ttfb_added_p50_ms": "<= 0.6",
+    "ttfb_added_p99_ms": "<= 3",
     "tokens_vs_direct": ">= 0.98",
     "kill9_failed": "0",
 }
@@ -87,7 +95,10 @@ def stack_with_mock(folder: Path, upstream: int) -> Iterator[Stack]:
     with running(folder, prefix=peers.PIN, worker_ports=[upstream]) as stack:
         stopped = threading.Event()
         beat = msgspec.json.encode(Heartbeat(
-            "mock", f"127.0.0.1:{upstream}", "ready", [Model("mock", 8192)], slots=64)).decode()
+            "mock", f"127.0.0.1:{upstream}", "ready", [Model("mock", 8192, revision="r")], slots=64)).decode()
+        alias = msgspec.json.encode(Alias("alias", "bench", "mock", "")).decode()
+        stack.redis("jobs").hset(ALIASES, "alias", alias)
+        stack.redis("jobs").publish(CHANNEL_ALIASES, alias)
 
         def announce() -> None:
             redis = stack.redis("worker")
@@ -179,6 +190,29 @@ def metering() -> Figures:
     return {"metering_us_per_chunk": statistics.median(added)}
 
 
+def decision() -> Figures:
+    """Microseconds of one decision, alone: 2 workers with one model, 1,000 workers with 50 models each."""
+    def path(workers: int, models: int) -> Callable[[], float]:
+        names = tuple(f"m{i}" for i in range(models))
+        bench = Bench(Path(tempfile.mkdtemp(prefix="bench-")), workers=workers, models=names)
+        headers = {b"authorization": f"Bearer {bench.key}".encode(), b"x-request-id": b"0123456789abcdef"}
+        body = json.dumps({"model": names[-1], "messages": [{"role": "user", "content": "hello there, how are you?"}]}).encode()
+
+        def timed(count: int = 20_000) -> float:
+            began = time.process_time()
+            for _ in range(count):
+                start(bench.path.decide(Arrival("POST", "/v1/chat/completions", headers, body)))
+            return (time.process_time() - began) / count * 1e6
+
+        return timed
+
+    logger.disable("common")  # a line for each worker that joins
+    small, large = path(2, 1), path(1000, 50)
+    few, many = zip(*((small(), large()) for _ in range(7)), strict=True)
+    print(f"2 workers {statistics.median(few):.2f} us, 1,000 workers of 50 models {statistics.median(many):.2f} us", flush=True)
+    return {"decision_1000_vs_2": statistics.median(many) / statistics.median(few), "decision_us": statistics.median(few)}
+
+
 def streams() -> Figures:
     """CPU microseconds per chunk: nginx alone, the stack, vllm-router; 64 and 400 streams."""
     found: dict[tuple[str, int], list[float]] = {}
@@ -195,16 +229,21 @@ def streams() -> Figures:
                 ours = stacked.enter_context(stack_with_mock(state, mock))
                 rival = peers.vllm_router(router, f"http://127.0.0.1:{mock}", folder / "router.log")
                 stacked.callback(rival.terminate)
-                targets = {
-                    "nginx": (f"http://127.0.0.1:{plain}", [alone.pid]),
-                    "stack": (ours.base, [ours.running[n].pid for n in ("nginx", "gateway")]),
-                    "router": (f"http://127.0.0.1:{router}", [rival.pid]),
+                own = [ours.running[n].pid for n in ("nginx", "gateway")]
+                targets: dict[str, tuple[str, list[int], dict[str, object]]] = {
+                    "nginx": (f"http://127.0.0.1:{plain}", [alone.pid], {}),
+                    "stack": (ours.base, own, {}),
+                    "router": (f"http://127.0.0.1:{router}", [rival.pid], {}),
                 }
+                if count == 64:
+                    targets["deterministic"] = (ours.base, own, {"temperature": 0})
+                    targets["alias"] = (ours.base, own, {"model": "alias"})
                 for _ in range(ROUNDS):
-                    for name, (url, pids) in targets.items():
+                    for name, (url, pids, fields) in targets.items():
                         before = cpu_s(pids)
                         done = subprocess.run(
-                            [*CLIENT, sys.executable, "-m", "bench.streams", url, ours.key, "mock", str(count), str(STREAM_S)],
+                            [*CLIENT, sys.executable, "-m", "bench.streams", url, ours.key, "mock", str(count), str(STREAM_S),
+                             json.dumps(fields)],
                             cwd=ROOT, capture_output=True, text=True, check=True)
                         result = json.loads(done.stdout)
                         assert result["failed"] == 0, f"{name}: {result} {done.stderr[:300]}"
@@ -215,6 +254,8 @@ def streams() -> Figures:
     return {
         "stream_cpu_vs_nginx_64": medians["stack", 64] / medians["nginx", 64],
         "stream_cpu_vs_nginx_400": medians["stack", 400] / medians["nginx", 400],
+        "stream_cpu_deterministic_vs_nginx_64": medians["deterministic", 64] / medians["nginx", 64],
+        "stream_cpu_alias_vs_nginx_64": medians["alias", 64] / medians["nginx", 64],
         "stream_cpu_vs_vllm_router": max(medians["stack", n] / medians["router", n] for n in (64, 400)),
         "stream_cpu_nginx_64_us": medians["nginx", 64], "stream_cpu_stack_64_us": medians["stack", 64],
         "stream_cpu_router_64_us": medians["router", 64], "stream_cpu_nginx_400_us": medians["nginx", 400],
@@ -362,5 +403,5 @@ def kill9() -> Figures:
 
 
 GROUPS: dict[str, Callable[[], Figures]] = {
-    "metering": metering, "streams": streams, "rps": rps, "ttfb": ttfb, "tokens": tokens, "kill9": kill9,
+    "metering": metering, "decision": decision, "streams": streams, "rps": rps, "ttfb": ttfb, "tokens": tokens, "kill9": kill9,
 }

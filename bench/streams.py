@@ -1,4 +1,6 @@
-"""A client for many streams that costs little: `python -m bench.streams URL KEY MODEL STREAMS SECONDS`.
+"""A client for many streams that costs little: `python -m bench.streams URL KEY MODEL STREAMS SECONDS [FIELDS]`.
+
+FIELDS is JSON for the body, as {"temperature": 0}. Every request asks something else.
 
 Prints how many complete chunks arrived and how many streams ended otherwise than with `[DONE]`, as JSON.
 """
@@ -15,15 +17,22 @@ class Stream(asyncio.Protocol):
 
     received = failed = 0
     deadline = 0.0
-    request = b""
-    open = 0
+    head = b""
+    body: dict[str, object] = {}
+    asked = open = 0
     finished: asyncio.Event
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport, self.tail, self.bad, self.clean = transport, b"", False, False
         Stream.open += 1
-        transport.write(Stream.request)
+        self.ask()
+
+    def ask(self) -> None:
+        Stream.asked += 1
+        question = f"Tell me, in some detail, how a language model is served, for the {Stream.asked:09d}th time."
+        body = json.dumps({**Stream.body, "messages": [{"role": "user", "content": question}]}).encode()
+        self.transport.write(Stream.head % len(body) + body)
 
     def data_received(self, data: bytes) -> None:
         Stream.received += data.count(b"data: {")
@@ -38,7 +47,7 @@ class Stream(asyncio.Protocol):
                 Stream.failed += 1
             if time.monotonic() < Stream.deadline:
                 self.tail = b""
-                self.transport.write(Stream.request)
+                self.ask()
             else:
                 self.clean = True
                 self.transport.close()
@@ -51,14 +60,13 @@ class Stream(asyncio.Protocol):
 
 
 async def main() -> None:
-    url, key, model, streams, seconds = sys.argv[1:]
+    url, key, model, streams, seconds, *fields = sys.argv[1:]
     parts = urlsplit(url)
-    body = json.dumps({"model": model, "stream": True, "max_tokens": 100, "messages": [
-        {"role": "user", "content": "Tell me, in some detail, how a language model is served."}]}).encode()
-    Stream.request = (
+    Stream.body = {"model": model, "stream": True, "max_tokens": 100, **json.loads(fields[0] if fields else "{}")}
+    Stream.head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {key}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    ).encode() + body
+        "Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    ).encode()
     Stream.finished = asyncio.Event()
     Stream.deadline = time.monotonic() + float(seconds)
     loop = asyncio.get_running_loop()

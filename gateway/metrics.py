@@ -10,7 +10,11 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.decisions = Counter(
-            "gateway_decisions", "Decisions by route and result: fast, relay, answer, or an error's status.",
+            "gateway_decisions", "Decisions by route and result: fast, relay, answer, or an error's status; no batches.",
+            ("route", "result"), registry=registry,
+        )
+        self.batch_decisions = Counter(
+            "gateway_batch_decisions", "The same of batches' requests, which ask again while nobody is there.",
             ("route", "result"), registry=registry,
         )
         self.decision_seconds = Histogram(

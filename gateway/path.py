@@ -72,7 +72,8 @@ class RequestPath:
         self._scopes = Scopes(settings.cache_secret, settings.cache_scope)
         self._holders = routing.Holders()
         self._counted = {
-            (route, kind): metrics.decisions.labels(route, kind)
+            (batch, route, kind): counter.labels(route, kind)
+            for batch, counter in ((False, metrics.decisions), (True, metrics.batch_decisions))
             for route, _ in ROUTES.values() for kind in ("fast", "relay", "answer")
         }
         # Ours alone: a prefix that nobody else has, and a number.
@@ -221,9 +222,9 @@ class RequestPath:
         if traced is not None:
             traced.note(key=key.id, model=model or ask.model, worker=worker.beat.id, reason=chosen.reason)
         if self._behind_nginx and worker.beat.metered:
-            self._counted[arrival.route, "fast"].inc()
+            self._counted[arrival.batch, arrival.route, "fast"].inc()
             return Accelerate(worker, told)
-        self._counted[arrival.route, "relay"].inc()
+        self._counted[arrival.batch, arrival.route, "relay"].inc()
         assert arrival.body is not None  # noqa: S101 - read in step 3
         return Relay(worker, told, ask, arrival.body, scope, traced)
 
@@ -231,7 +232,7 @@ class RequestPath:
         self, arrival: Arrival, key: ApiKey, question: Question, document: dict[str, object], said: bytes
     ) -> Replay:
         """From memory: it leaves a record like every other."""
-        self._counted[arrival.route, "answer"].inc()
+        self._counted[arrival.batch, arrival.route, "answer"].inc()
         usage, choices, took_s = document["usage"], document["choices"], time.perf_counter() - arrival.started
         assert isinstance(usage, dict)  # noqa: S101 - else it was not rendered
         assert isinstance(choices, list)  # noqa: S101 - as above
@@ -252,11 +253,12 @@ class RequestPath:
             self._answers.failed(arrival.answer, arrival.uid)
         if arrival.traced is not None:
             arrival.traced.failed(error.status, error.code)
-        return self._refused(arrival.route, arrival.path, arrival.request_id, error)
+        return self._refused(arrival.path, arrival.request_id, arrival.batch, error)
 
-    def _refused(self, route: str, path: str, request_id: str, error: errors.ApiError) -> Refuse:
+    def _refused(self, path: str, request_id: str, batch: bool, error: errors.ApiError) -> Refuse:
         """Count an error, log it, and make it the decision."""
-        self._metrics.decisions.labels(route, str(error.status)).inc()
+        counter = self._metrics.batch_decisions if batch else self._metrics.decisions
+        counter.labels(ROUTES[path][0], str(error.status)).inc()
         logger.log("WARNING" if error.status >= 500 else "INFO", "refused", request_id=request_id, path=path,
                    status=error.status, code=error.code)
         return Refuse(error, request_id)
@@ -277,7 +279,7 @@ class RequestPath:
         told = relay.context
         if told.keep is not None and self._answers is not None:
             self._answers.failed(told.keep.name, told.uid)
-        return self._refused(ROUTES[path][0], path, told.request_id, error)
+        return self._refused(path, told.request_id, told.batch, error)
 
 
 def _on(told: Context, chosen: routing.Route) -> Context:

@@ -9,9 +9,13 @@ run() {
     shift
     "$@" || { failed=1; echo "  FAILED: $*"; }
 }
+quietly() {
+    local out
+    out=$("$@" 2>&1) || { echo "$out"; return 1; }
+}
 run ruff "$bin/ruff" check .
 run mypy "$bin/mypy" --strict common gateway services monitoring bench
-run "import contracts" sh -c "$bin/lint-imports --no-cache >.import-contracts 2>&1 || { cat .import-contracts; false; }; rm -f .import-contracts"
+run "import contracts" quietly "$bin/lint-imports" --no-cache
 run "sizes: files over 300 lines, functions over 50, and why" "$bin/python" -m tests.sizes
 run shellcheck "$bin/shellcheck" services/base/make.sh services/worker/install-cpu.sh services/local/install.sh \
     nginx/entrypoint.sh nginx/pool.sh services/redis/start.sh monitoring/alertmanager/start.sh tests/check.sh .ci/run .ci/docker.sh
@@ -26,6 +30,7 @@ for dockerfile in gateway/Dockerfile nginx/Dockerfile services/*/Dockerfile; do
     run "hadolint $dockerfile" "$bin/hadolint" --ignore DL3042 --ignore DL3013 --ignore DL3025 "$dockerfile"
 done
 run "dashboards and SLO rules as generated" "$bin/python" -m monitoring --check
+run "docs/redis.md as generated" "$bin/python" -m tests.redis_page --check
 if command -v node >/dev/null; then
     for script in nginx/console/assets/*.js; do
         run "node --check $script" sh -c "node --check --input-type=module - <$script"
