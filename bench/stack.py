@@ -95,7 +95,7 @@ def stack_with_mock(folder: Path, upstream: int) -> Iterator[Stack]:
     with running(folder, prefix=peers.PIN, worker_ports=[upstream]) as stack:
         stopped = threading.Event()
         beat = msgspec.json.encode(Heartbeat(
-            "mock", f"127.0.0.1:{upstream}", "ready", [Model("mock", 8192, revision="r")], slots=64)).decode()
+            "mock", f"127.0.0.1:{upstream}", "ready", [Model("mock", 8192, revision="r")], slots=64, keeps=True)).decode()
         alias = msgspec.json.encode(Alias("alias", "bench", "mock", "")).decode()
         stack.redis("jobs").hset(ALIASES, "alias", alias)
         stack.redis("jobs").publish(CHANNEL_ALIASES, alias)
@@ -201,7 +201,7 @@ def decision() -> Figures:
         def timed(count: int = 20_000) -> float:
             began = time.process_time()
             for _ in range(count):
-                start(bench.path.decide(Arrival("POST", "/v1/chat/completions", headers, body)))
+                start(bench.path.decide(Arrival("POST", "/v1/chat/completions", headers, body, from_nginx=True)))
             return (time.process_time() - began) / count * 1e6
 
         return timed

@@ -47,9 +47,11 @@ class Feed:
                     first = False
                     while True:
                         # The ping notices a frozen redis, which keeps the connection open but says nothing.
-                        message = await asyncio.wait_for(pubsub.get_message(True, timeout=1.0), 2.0)
+                        async with asyncio.timeout(2.0):
+                            message = await pubsub.get_message(True, timeout=1.0)
                         if message is None:
-                            await asyncio.wait_for(redis.ping(), 1.0)
+                            async with asyncio.timeout(1.0):
+                                await redis.ping()
                         elif message["type"] == "message":
                             self._handlers[message["channel"]](message["data"])
             except (RedisError, OSError, TimeoutError) as error:

@@ -124,6 +124,9 @@ class Recorder:
                 if healthy:
                     logger.warning("redis does not take usage records; keeping them in memory", error=str(error))
                 healthy = False
+            except Exception:  # a bug here must not end the writing
+                logger.exception("usage records could not be written")
+                await asyncio.sleep(RETRY_S)
             else:
                 if not healthy:
                     logger.info("redis takes usage records again", dropped=self.dropped)

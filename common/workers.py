@@ -55,6 +55,8 @@ class Heartbeat(msgspec.Struct):
     """Tokens read, cached ones among them, since the engine started; with the next two for rates, not for bills."""
     cached_tokens: int = 0
     generated_tokens: int = 0
+    keeps: bool = False
+    """Whether it stores answers in redis-cache now."""
     metered: bool = True
     """False for an engine without our middleware: the relay then meters."""
     engine: str = ""
@@ -75,6 +77,10 @@ class Worker:
         self.seen_at = now
         self.names = frozenset(model.id for model in beat.models)
         self.sent = 0
+
+    def revision(self, name: str) -> str:
+        """The revision of one of its models; empty for none."""
+        return next((model.revision for model in self.beat.models if model.id == name), "")
 
     @property
     def load(self) -> int:

@@ -6,7 +6,6 @@ request no longer runs (`running:{worker}`): then one of those who wait goes on 
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -20,14 +19,15 @@ from common.metering.context import Keep
 from gateway.question import Question
 from gateway.steps import Steps
 
-POLL_S = 0.025
-RUNNING_EVERY = 10
-"""Polls between two looks at whether the question's request still runs."""
+POLL_S, POLL_SHARE, MAX_POLL_S = 0.025, 0.05, 0.25
+"""Looked after a twentieth of the time that the answer has taken so far, within these bounds."""
+RUNNING_EVERY_S = 0.25
+"""Between two looks at whether the question's request still runs."""
 GRACE_S = 0.5
 """A request may take so long from its decision to its entry in `running:{worker}`."""
 UNKNOWN_S = 5.0
 """Nobody can tell whether it runs, redis being away: after so long nobody waits for it any more."""
-MAX_FLIGHTS = 10_000
+MAX_FLIGHTS = 2_000
 
 IsRunning = Callable[[str, str], Awaitable[bool | None]]
 """(worker id, request's uid) -> whether it runs there; None when nobody can tell."""
@@ -40,6 +40,8 @@ class Flight:
     uid: str
     worker_id: str
     since: float
+    batch: bool = False
+    """A batch's, which may take long: nobody who sits before it waits for it."""
     over: "asyncio.Future[Stored | None] | None" = None
     """There once somebody waits: what stands in the store at its end."""
     watch: "asyncio.Task[None] | None" = field(default=None)
@@ -56,7 +58,7 @@ class Answers:
         self._flights: dict[str, Flight] = {}
         self._reading: set[asyncio.Task[None]] = set()
 
-    def find(self, question: Question) -> Steps[tuple[Document | None, bool]]:
+    def find(self, question: Question, *, batch: bool = False) -> Steps[tuple[Document | None, bool]]:
         """(the answer given before, whether it may be kept otherwise). Waits while the same is being answered."""
         result = "hit"
         while True:
@@ -64,7 +66,7 @@ class Answers:
             flight = self._flights.get(question.name)
             if stored is not None and flight is not None:
                 self._end(question.name, stored)
-            if stored is not None or flight is None or self._store.away:
+            if stored is not None or flight is None or self._store.away or (flight.batch and not batch):
                 break
             result = "joined"
             stored = yield self._follow(question.name, flight)
@@ -74,15 +76,15 @@ class Answers:
         self._count.labels(result if document is not None else "miss").inc()
         return document, stored is None
 
-    def lead(self, question: Question, uid: str, worker_id: str) -> Keep:
+    def lead(self, question: Question, uid: str, worker_id: str, *, batch: bool = False) -> Keep:
         """This request answers the question from now on; what its worker is told about keeping the answer."""
         flight = self._flights.get(question.name)
         if flight is not None and flight.uid == uid:
             flight.worker_id, flight.since = worker_id, time.monotonic()  # another attempt of the same request
-        elif flight is None and not self._store.away:
+        elif not self._store.away and (flight is None or (flight.batch and not batch)):
             if len(self._flights) >= MAX_FLIGHTS:
                 self._end(next(iter(self._flights)), None)
-            self._flights[question.name] = Flight(uid, worker_id, time.monotonic())
+            self._flights[question.name] = Flight(uid, worker_id, time.monotonic(), batch)
         return Keep(question.name, self._ttl_s, worker_id, self._max_bytes)
 
     def failed(self, name: str, uid: str) -> None:
@@ -139,33 +141,29 @@ class Answers:
     async def _watch(self, name: str, flight: Flight) -> None:
         """Until the answer is there, or will not come."""
         stored: Stored | None = None
+        looked_at = float("-inf")
         try:
-            for turn in range(1, int(self._longest_s / POLL_S)):
-                await asyncio.sleep(POLL_S)
+            while (age_s := time.monotonic() - flight.since) < self._longest_s:
+                if age_s >= GRACE_S and time.monotonic() - looked_at >= RUNNING_EVERY_S:
+                    looked_at = time.monotonic()
+                    running = await self._is_running(flight.worker_id, flight.uid)
+                    if running is False or (running is None and age_s > UNKNOWN_S):
+                        stored = await self._look_up(name)  # it may have ended, stored, just before
+                        break
+                await asyncio.sleep(min(MAX_POLL_S, max(POLL_S, POLL_SHARE * age_s)))
                 if (stored := await self._look_up(name)) is not None or self._store.away:
-                    break
-                age_s = time.monotonic() - flight.since
-                if turn % RUNNING_EVERY or age_s < GRACE_S:
-                    continue
-                running = await self._is_running(flight.worker_id, flight.uid)
-                if running is False or (running is None and age_s > UNKNOWN_S):
-                    stored = await self._look_up(name)  # it may have ended, stored, between the two looks
                     break
         except Exception:
             logger.exception("a question in flight could not be watched")
         finally:
             if self._flights.get(name) is flight:
-                self._end(name, stored)
+                del self._flights[name]
+            if flight.over is not None and not flight.over.done():
+                flight.over.set_result(stored)
 
     def _end(self, name: str, stored: Stored | None) -> None:
         flight = self._flights.pop(name)
         if flight.over is not None and not flight.over.done():
             flight.over.set_result(stored)
-        if flight.watch is not None and flight.watch is not _current_task():
+        if flight.watch is not None:
             flight.watch.cancel()
-
-
-def _current_task() -> "asyncio.Task[object] | None":
-    with contextlib.suppress(RuntimeError):
-        return asyncio.current_task()
-    return None

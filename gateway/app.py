@@ -113,7 +113,7 @@ class Gateway:
             asyncio.create_task(feed.run(), name="feed"),
             asyncio.create_task(tending.tend(redis, feed, table, answers, metrics), name="tend"),
         ]
-        logger.info("gateway up", edge=settings.edge, pid=os.getpid())
+        logger.info("gateway up", pid=os.getpid())
         try:
             yield
         finally:

@@ -17,18 +17,23 @@ class Arrival:
     """A request as it came, before anybody looked at it; and what the steps find out about it, one after the other."""
 
     __slots__ = (
-        "answer", "attempt", "batch", "body", "headers", "method", "path", "read", "request_id", "route", "started",
-        "traced", "uid",
+        "answer", "attempt", "batch", "body", "from_nginx", "headers", "method", "path", "payer", "read", "request_id",
+        "route", "started", "traced", "uid",
     )
 
     def __init__(
-        self, method: str, path: str, headers: Mapping[bytes, bytes], body: bytes | None, read: Read | None = None
+        self, method: str, path: str, headers: Mapping[bytes, bytes], body: bytes | None, read: Read | None = None,
+        *, from_nginx: bool = False,
     ) -> None:
         self.started = time.perf_counter()
+        self.from_nginx = from_nginx
+        """Whether it came over nginx' own socket: nginx then carries the bytes, and tells of earlier attempts."""
         self.method, self.path, self.headers, self.body, self.read = method, path, headers, body, read
         self.route = ROUTES[path][0]
         self.uid = self.request_id = ""
         self.attempt, self.batch = 1, False
+        self.payer = ""
+        """Who pays, if it is not the key that asks."""
         self.answer: str | None = None
         """The question that an earlier attempt of this request leads."""
         self.traced: Traced | None = None

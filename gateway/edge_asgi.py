@@ -3,7 +3,7 @@
 Behind nginx `edge_http.py` answers what it can at once and hands on the rest, begun.
 """
 
-from collections.abc import Awaitable, Callable
+import asyncio
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -16,18 +16,21 @@ from common.metering import context
 from common.metering.context import CONTEXT
 from common.metering.meter import Meter
 from common.metering.metered import Metering
+from common.tasks import end_tasks
 from gateway.arrival import Arrival
 from gateway.attempts import Attempts, Reason
 from gateway.decision import Decision, Refuse, Relay, Response
 from gateway.path import RequestPath
 from gateway.relay import Upstream
-from gateway.steps import Waiting, run
+from gateway.steps import Waiting, start
 
 if TYPE_CHECKING:
     from gateway.tracing import Traced
 
 BEGUN = "owngpt.begun"
 """In a scope: what `edge_http.py` has of a request already, its decision or the steps that must wait."""
+FROM_NGINX = "owngpt.from_nginx"
+"""In a scope: whether it came over nginx' own socket."""
 
 
 class AsgiEdge:
@@ -51,13 +54,14 @@ class AsgiEdge:
 
     async def _decision(self, scope: Scope, receive: Receive) -> Decision:
         begun: Decision | Waiting | None = scope.get(BEGUN)
+        body = Body(scope, receive, read=begun is not None)
         if begun is None:
-            arrival = Arrival(scope["method"], scope["path"], dict(scope["headers"]), None, reader(scope, receive))
-            return await run(self._path.decide(arrival))
-        if isinstance(begun, Waiting):
-            decision: Decision = await begun.finish()
-            return decision
-        return begun
+            arrival = Arrival(
+                scope["method"], scope["path"], dict(scope["headers"]), None, body.read,
+                from_nginx=scope.get(FROM_NGINX, False),
+            )
+            begun = start(self._path.decide(arrival))
+        return await unless_gone(begun, body) if isinstance(begun, Waiting) else begun
 
     async def _relay(self, relay: Relay, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Carry the bytes; on an early failure ask the path again."""
@@ -97,8 +101,10 @@ class AsgiEdge:
             "type": "http", "method": "POST", "path": path,
             "headers": [*headers, (CONTEXT, context.encode(relay.context))],
         }
-        upstream = Upstream(self._session, relay.worker.beat.address, self._worker_token)
-        app = upstream if relay.worker.beat.metered else Metering(
+        metered = relay.worker.beat.metered
+        # A server that somebody else runs is not told the token.
+        upstream = Upstream(self._session, relay.worker.beat.address, self._worker_token if metered else "")
+        app = upstream if metered else Metering(
             upstream, self._meter, relay.worker.beat.id, store=self._store
         )
         try:
@@ -135,17 +141,24 @@ async def respond(response: Response, send: Send) -> None:
     await send({"type": "http.response.body", "body": response.body})
 
 
-def reader(scope: Scope, receive: Receive) -> Callable[[int], Awaitable[bytes]]:
-    """Reads the whole body, up to a limit. Raises BodyTooLarge, ClientGone."""
+class Body:
+    """A request's body, read once; and then the connection, which only tells that the client has gone."""
 
-    async def read(limit_bytes: int) -> bytes:
-        for name, value in scope["headers"]:
+    def __init__(self, scope: Scope, receive: Receive, *, read: bool) -> None:
+        self._scope, self._receive = scope, receive
+        self._read = asyncio.Event()
+        if read:
+            self._read.set()
+
+    async def read(self, limit_bytes: int) -> bytes:
+        """All of it. Raises BodyTooLarge, ClientGone."""
+        for name, value in self._scope["headers"]:
             if name == b"content-length" and int(value) > limit_bytes:
                 raise errors.BodyTooLarge(limit_bytes)
         parts: list[bytes] = []
         size = 0
         while True:
-            message = await receive()
+            message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             parts.append(message.get("body", b""))
@@ -153,9 +166,27 @@ def reader(scope: Scope, receive: Receive) -> Callable[[int], Awaitable[bytes]]:
             if size > limit_bytes:
                 raise errors.BodyTooLarge(limit_bytes)
             if not message.get("more_body"):
+                self._read.set()
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    return read
+    async def gone(self) -> None:
+        """Until the client has left, once the body is read."""
+        await self._read.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+async def unless_gone(waiting: Waiting, body: Body) -> Decision:
+    """What the steps come to. Raises ClientGone: nobody waits for them any more."""
+    deciding, leaving = asyncio.create_task(waiting.finish()), asyncio.create_task(body.gone())
+    try:
+        await asyncio.wait({deciding, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not deciding.done():
+            raise ClientGone
+        decision: Decision = deciding.result()
+        return decision
+    finally:
+        await end_tasks([deciding, leaving])
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

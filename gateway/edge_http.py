@@ -5,6 +5,8 @@ scope, no turn of the event loop. Everything else, the relay and whatever waits 
 the same connection.
 """
 
+import asyncio
+import socket
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -12,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from common.routes import ROUTES
 from gateway.arrival import Arrival
 from gateway.decision import Relay, Response
-from gateway.edge_asgi import BEGUN
+from gateway.edge_asgi import BEGUN, FROM_NGINX
 from gateway.steps import Waiting, start
 
 if TYPE_CHECKING:
@@ -22,23 +24,30 @@ _HOT = {path.encode(): path for path in ROUTES}
 
 
 class DecisionProtocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection. What comes over a unix socket comes from nginx, which limits, times and buffers its clients."""
 
     app: "Gateway"
+    _parts: list[bytes] | None = None
+    """The body of a request that may be answered here; None for all others."""
+    _last = False
+    """Told to stop in the middle of a request: the connection ends after it."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._from_nginx = transport.get_extra_info("socket").family == socket.AF_UNIX
 
     def on_message_begin(self) -> None:
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
-        self._parts: list[bytes] | None = None
-        """The body of a request that may be answered here; None for all others."""
+        self._parts = None
 
     def on_headers_complete(self) -> None:
-        path = self.app.path
         if (
-            self.url in _HOT and path is not None and not self.expect_100_continue
+            self._from_nginx and self.url in _HOT and self.app.path is not None
             and (self.cycle is None or self.cycle.response_complete)  # else it is pipelined: one after the other
             and self.parser.get_method() == b"POST" and self.parser.should_keep_alive()
+            and not (self.expect_100_continue or self.parser.should_upgrade() or self.flow.write_paused)
         ):
             self._parts, self._size_bytes = [], 0
         else:
@@ -61,13 +70,22 @@ class DecisionProtocol(HttpToolsProtocol):
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         path = self.app.path
         assert path is not None  # noqa: S101 - asked when the headers were in
-        begun = start(path.decide(Arrival("POST", _HOT[self.url], dict(self.headers), body)))
+        begun = start(path.decide(Arrival("POST", _HOT[self.url], dict(self.headers), body, from_nginx=True)))
         if isinstance(begun, Waiting | Relay):
             self._go_on_as_asgi(body, begun)
             super().on_message_complete()
             return
+        self._parts = None
         self.transport.write(encode(begun.response()))
+        if self._last:
+            self.transport.close()
         self.on_response_complete()
+
+    def shutdown(self) -> None:
+        if self._parts is None:
+            super().shutdown()
+        else:
+            self._last = True
 
     def _go_on_as_asgi(self, body: bytes = b"", begun: Any = None) -> None:
         """uvicorn's way from here on, with what is here already."""
@@ -76,9 +94,13 @@ class DecisionProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expects
         self.headers.extend(headers)
+        scope: Any = self.scope  # its type knows no extensions
+        scope[FROM_NGINX] = self._from_nginx
         if begun is not None:
-            self.scope[BEGUN] = begun  # type: ignore[literal-required]  # an extension of ours
+            scope[BEGUN] = begun
         super().on_headers_complete()
+        if self._last:
+            self.cycle.keep_alive = False
         if body:
             super().on_body(body)
 

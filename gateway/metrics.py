@@ -10,7 +10,7 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.decisions = Counter(
-            "gateway_decisions", "Decisions by route and result: fast, relay, answer, or an error's status; no batches.",
+            "gateway_decisions", "Decisions by route and result: fast, relay, answer, an error's status; no batches.",
             ("route", "result"), registry=registry,
         )
         self.batch_decisions = Counter(

@@ -68,7 +68,6 @@ class RequestPath:
         self._settings, self._table, self._authenticator, self._held = settings, table, authenticator, held
         self._meter, self._metrics, self._answers, self._aliases = meter, metrics, answers, aliases
         self._tracing = tracing
-        self._behind_nginx = settings.edge == "nginx"
         self._scopes = Scopes(settings.cache_secret, settings.cache_scope)
         self._holders = routing.Holders()
         self._counted = {
@@ -103,6 +102,8 @@ class RequestPath:
         body = arrival.body
         ask = decode(arrival.path, body, self._settings.max_n)  # 4
         model = self._aliases.targets.get(ask.model, "")
+        if model and ask.model in self._table.known_models:
+            model = ""  # an alias shadows no model, also none that is away for a moment
         tried = self._look_back(arrival)  # 5
         self._refuse_poison(tried, body)
         scope = self._scopes.of(key)
@@ -126,7 +127,7 @@ class RequestPath:
         """Our uid and the client's label: new, or what an earlier attempt of this request was called."""
         headers = arrival.headers
         # Only nginx brings a context, and only from an earlier attempt; it passes none of a client's on.
-        told = context.decode(headers[CONTEXT]) if self._behind_nginx and CONTEXT in headers else None
+        told = context.decode(headers[CONTEXT]) if arrival.from_nginx and CONTEXT in headers else None
         if told is not None:
             arrival.uid, arrival.request_id, arrival.attempt = told.uid, told.request_id, told.attempt + 1
             arrival.answer = told.keep.name if told.keep is not None else None
@@ -144,6 +145,7 @@ class RequestPath:
         if authenticator.is_service(credentials):
             arrival.batch = True
             owner = arrival.headers.get(b"x-owngpt-owner", b"").decode("latin-1")
+            arrival.payer = arrival.headers.get(b"x-owngpt-payer", b"").decode("latin-1")
             owned: ApiKey = yield authenticator.owner(owner)
             return owned
         key: ApiKey = authenticator.cached(credentials) or (yield authenticator.check(credentials))
@@ -151,7 +153,7 @@ class RequestPath:
 
     def _look_back(self, arrival: Arrival) -> Attempts:
         """Earlier attempts, as nginx tells of them."""
-        return attempts.read(arrival.headers) if self._behind_nginx else Attempts()
+        return attempts.read(arrival.headers) if arrival.from_nginx else attempts.NONE
 
     def _refuse_poison(self, tried: Attempts, body: bytes) -> None:
         """Raise for a request that killed too many workers, or is held back because it did before."""
@@ -173,7 +175,7 @@ class RequestPath:
         """(the answer to the same question, whether this one's is worth keeping)."""
         if self._answers is None or arrival.answer == question.name:
             return None, True  # an earlier attempt of this request leads the question: others wait for this one
-        return (yield from self._answers.find(question))
+        return (yield from self._answers.find(question, batch=arrival.batch))
 
     def _choose(self, ask: Ask, model: str, scope: str, tried: Attempts) -> routing.Route:
         for address in tried.tried[-1:]:
@@ -210,18 +212,18 @@ class RequestPath:
         worker = chosen.worker
         worker.sent += 1
         keep: Keep | None = None
-        if question is not None and self._answers is not None:
-            keep = self._answers.lead(question, arrival.uid, worker.beat.id)
+        if question is not None and self._answers is not None and (worker.beat.keeps or not worker.beat.metered):
+            keep = self._answers.lead(question, arrival.uid, worker.beat.id, batch=arrival.batch)
         traced = arrival.traced
         took_s = time.perf_counter() - arrival.started
         told = Context(
-            arrival.uid, arrival.request_id, key.id, arrival.attempt, self._scopes.salt(scope), model, arrival.batch,
-            round(took_s, 6), chosen.reason, traced.traceparent if traced is not None else "", keep,
+            arrival.uid, arrival.request_id, arrival.payer or key.id, arrival.attempt, self._scopes.salt(scope), model,
+            arrival.batch, round(took_s, 6), chosen.reason, traced.traceparent if traced is not None else "", keep,
         )
         self._metrics.decision_seconds.observe(took_s)
         if traced is not None:
             traced.note(key=key.id, model=model or ask.model, worker=worker.beat.id, reason=chosen.reason)
-        if self._behind_nginx and worker.beat.metered:
+        if arrival.from_nginx and worker.beat.metered:
             self._counted[arrival.batch, arrival.route, "fast"].inc()
             return Accelerate(worker, told)
         self._counted[arrival.batch, arrival.route, "relay"].inc()
@@ -237,7 +239,7 @@ class RequestPath:
         assert isinstance(usage, dict)  # noqa: S101 - else it was not rendered
         assert isinstance(choices, list)  # noqa: S101 - as above
         record = Record(
-            id=arrival.uid, request_id=arrival.request_id, key=key.id, model=str(document["model"]),
+            id=arrival.uid, request_id=arrival.request_id, key=arrival.payer or key.id, model=str(document["model"]),
             route=arrival.route, worker=ANSWER_CACHE, started_at=time.time() - took_s, stream=question.stream,
             batch=arrival.batch, outcome="ok", status=200, finish_reason=choices[0]["finish_reason"],
             prompt_tokens=usage["prompt_tokens"], cached_tokens=usage["prompt_tokens"],
@@ -272,7 +274,15 @@ class RequestPath:
         except errors.ApiError as error:
             return self.give_up(relay, path, error)
         chosen.worker.sent += 1
-        return relay._replace(worker=chosen.worker, context=_on(told, chosen))
+        keep = told.keep
+        if keep is not None:
+            name = told.model or relay.ask.model
+            if relay.worker.revision(name) == chosen.worker.revision(name):
+                keep = msgspec.structs.replace(keep, worker=chosen.worker.beat.id)
+            else:  # another model by now: its answer is none to the question that was named
+                keep = None
+        told = msgspec.structs.replace(told, attempt=told.attempt + 1, reason=chosen.reason, keep=keep)
+        return relay._replace(worker=chosen.worker, context=told)
 
     def give_up(self, relay: Relay, path: str, error: errors.ApiError) -> Refuse:
         """After a relay's last failure."""
@@ -280,9 +290,3 @@ class RequestPath:
         if told.keep is not None and self._answers is not None:
             self._answers.failed(told.keep.name, told.uid)
         return self._refused(path, told.request_id, told.batch, error)
-
-
-def _on(told: Context, chosen: routing.Route) -> Context:
-    """A request's context for its next attempt."""
-    keep = msgspec.structs.replace(told.keep, worker=chosen.worker.beat.id) if told.keep is not None else None
-    return msgspec.structs.replace(told, attempt=told.attempt + 1, reason=chosen.reason, keep=keep)

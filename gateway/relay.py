@@ -40,7 +40,7 @@ class Upstream:
     def __init__(self, session: aiohttp.ClientSession, address: str, token: str) -> None:
         self._session = session
         self._url = f"http://{address}"
-        self._authorization = f"Bearer {token}"
+        self._authorization = f"Bearer {token}" if token else ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = (await receive()).get("body", b"")
@@ -58,7 +58,8 @@ class Upstream:
 
     async def _forward(self, scope: Scope, body: bytes, send: Send) -> None:
         headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in scope["headers"] if n in _PASSED}
-        headers["Authorization"] = self._authorization
+        if self._authorization:
+            headers["Authorization"] = self._authorization
         headers["Accept-Encoding"] = "identity"  # the metering reads the bytes
         sent = stream = False
         try:

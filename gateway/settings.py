@@ -16,9 +16,6 @@ class Settings(StateSettings):
     """The gateway's settings; names are the environment variables in lower case."""
 
     redis_user: str = "gateway"
-    edge: Literal["nginx", "none"] = Field(
-        "nginx", description="nginx: answer with X-Accel-Redirect; none: relay the bytes ourselves"
-    )
     worker_token_file: Path
     service_token_file: Path
     cache_secret_file: Path

@@ -15,6 +15,7 @@ from common.redis.names import (
     USAGE,
     USAGE_MAX_ENTRIES,
     WORKERS,
+    reaped_key,
     running_key,
     worker_key,
 )
@@ -25,16 +26,20 @@ from gateway.attempts import HeldBack
 from gateway.metrics import GatewayMetrics
 
 TEND_EVERY_S = 1.0
+REAPED_REMEMBERED_S = 3600
+REAP_EVERY = 2
+"""Rounds of tending between two looks for lost workers."""
 
 
 async def tend(redis: Redis, feed: Feed, table: WorkerTable, answers: Answers | None, metrics: GatewayMetrics) -> None:
     """Forget silent workers, settle what lost ones left, refresh the gauges; until cancelled."""
-    lost = 0
+    lost = rounds = 0
     while True:
+        rounds += 1
         table.tend(connected=feed.connected)
         if answers is not None:
             answers.tend()
-        if feed.connected:
+        if feed.connected and rounds % REAP_EVERY == 0:
             try:
                 # A redis that was away longer than heartbeats live has forgotten live workers: let them speak first.
                 settled = time.monotonic() - feed.connected_at > 2 * HEARTBEAT_TTL_MS / 1000
@@ -60,8 +65,9 @@ async def reap(redis: Redis, heard: Container[str]) -> int:
     lost = 0
     for worker_id in map(str, await redis.smembers(WORKERS)):
         if worker_id not in heard and not await redis.exists(worker_key(worker_id)):
-            keys = [worker_key(worker_id), running_key(worker_id), WORKERS, USAGE]
-            count = int(await redis.eval(REAP, len(keys), *keys, worker_id, str(USAGE_MAX_ENTRIES)))
+            keys = [worker_key(worker_id), running_key(worker_id), WORKERS, USAGE, reaped_key(worker_id)]
+            arguments = (worker_id, str(USAGE_MAX_ENTRIES), str(REAPED_REMEMBERED_S))
+            count = int(await redis.eval(REAP, len(keys), *keys, *arguments))
             lost += max(count, 0)
     return lost
 

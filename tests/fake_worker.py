@@ -130,7 +130,7 @@ async def beat(settings: WorkerSettings, metered: bool, middleware: WorkerMiddle
     while True:
         raw = msgspec.json.encode(Heartbeat(
             id=worker_id, address=settings.address, state="ready", models=[Model(MODEL, 8192, int(time.time()), revision=revision)],
-            in_flight=middleware.meter.in_flight, slots=8, metered=metered,
+            in_flight=middleware.meter.in_flight, slots=8, metered=metered, keeps=middleware.keeps,
         )).decode()
         with contextlib.suppress(RedisError, OSError):
             async with redis.pipeline() as pipe:

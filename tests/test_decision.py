@@ -59,11 +59,12 @@ class FakeMeter:
 class Bench:
     """A path and all it stands on."""
 
-    def __init__(self, folder: Path, edge: str = "nginx", workers: int = 2, models: tuple[str, ...] = ("m",)) -> None:
+    def __init__(self, folder: Path, *, nginx: bool = True, workers: int = 2, models: tuple[str, ...] = ("m",)) -> None:
+        self.nginx = nginx
         secret = folder / "secret"
         secret.write_text("x" * 40)
         self.settings = Settings(
-            redis_url="redis://r", edge=edge, hold_back_s=60, **{f"{name}_file": secret for name in (
+            redis_url="redis://r", hold_back_s=60, **{f"{name}_file": secret for name in (
                 "redis_password", "worker_token", "service_token", "cache_secret", "answer_secret")})  # type: ignore[arg-type]
         self.redis, self.table, self.meter, self.store = FakeRedis(), WorkerTable(), FakeMeter(), FakeStore()
         for number in range(workers):
@@ -85,13 +86,14 @@ class Bench:
         self.path = RequestPath(self.settings, self.table, self.authenticator, self.held, self.meter, metrics,  # type: ignore[arg-type]
                                 self.answers, self.aliases)
 
-    def beat(self, name: str, models: tuple[str, ...] = ("m",), metered: bool = True) -> None:
+    def beat(self, name: str, models: tuple[str, ...] = ("m",), metered: bool = True, revision: str = "r1", keeps: bool = True) -> None:
         self.table.take(msgspec.json.encode(Heartbeat(
-            name, f"{name}:1", "ready", [Model(m, 1, revision="r1") for m in models], metered=metered)))
+            name, f"{name}:1", "ready", [Model(m, 1, revision=revision) for m in models], metered=metered, keeps=keeps)))
 
     def arrival(self, path: str = CHAT, method: str = "POST", headers: dict[bytes, bytes] | None = None, **fields: object) -> Arrival:
         body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}).encode()
-        return Arrival(method, path, {b"authorization": f"Bearer {self.key}".encode(), **(headers or {})}, body)
+        headers = {b"authorization": f"Bearer {self.key}".encode(), **(headers or {})}
+        return Arrival(method, path, headers, body, from_nginx=self.nginx)
 
     def now(self, arrival: Arrival) -> Decision:
         """A decision for which nothing is awaited."""
@@ -156,7 +158,7 @@ def test_uid_and_label_survive_an_attempt_that_failed(bench: Bench) -> None:
 
 
 def test_without_nginx_no_client_can_bring_a_context(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, edge="none")
+    bench = Bench(tmp_path, nginx=False)
     forged = context.encode(context.Context("uid", "theirs", "somebody", 3))
     decision = bench.now(bench.arrival(headers={CONTEXT: forged, b"x-failed-worker": b"w0:1", b"x-request-id": b"mine-0001"}))
     assert isinstance(decision, Relay)
@@ -293,7 +295,7 @@ def test_a_body_that_is_still_coming_is_read_only_for_a_key(bench: Bench) -> Non
         return body()
 
     def arrive(key: str) -> Decision:
-        return bench.later(Arrival("POST", CHAT, {b"authorization": f"Bearer {key}".encode()}, None, reading))
+        return bench.later(Arrival("POST", CHAT, {b"authorization": f"Bearer {key}".encode()}, None, reading, from_nginx=True))
 
     assert isinstance(arrive(bench.key), Accelerate)
     assert isinstance(arrive(make("other")[0]), Refuse)
@@ -303,14 +305,16 @@ def test_a_body_that_is_still_coming_is_read_only_for_a_key(bench: Bench) -> Non
 class TestService:
     """Our own services ask in the name of a key's owner."""
 
-    def ask(self, bench: Bench, owner: str, token: str = SERVICE) -> Decision:
-        headers = {b"authorization": f"Bearer {token}".encode(), b"x-owngpt-owner": owner.encode()}
-        return bench.later(bench.arrival(headers=headers))
+    def ask(self, bench: Bench, owner: str, payer: str = "", **fields: object) -> Decision:
+        headers = {b"authorization": f"Bearer {SERVICE}".encode(), b"x-owngpt-owner": owner.encode(),
+                   b"x-owngpt-payer": payer.encode()}
+        return bench.later(bench.arrival(headers=headers, **fields))
 
     def test_the_owner_pays_and_it_can_wait(self, bench: Bench) -> None:
         said = told(self.ask(bench, bench.key_id))
         assert (said.key, said.batch) == (bench.key_id, True)
-        assert told(self.ask(bench, HOUSE)).key == HOUSE
+        paid = told(self.ask(bench, bench.key_id, HOUSE))
+        assert (paid.key, paid.salt) == (HOUSE, said.salt), "whoever pays, the caches are the owner's"
 
     def test_a_revoked_owner_asks_nothing_any_more(self, bench: Bench) -> None:
         self.ask(bench, bench.key_id)
@@ -340,7 +344,39 @@ class TestService:
         assert told(self.ask(bench, record.id)).salt == told(self.ask(bench, other.id)).salt
 
 
+def test_nobody_who_waits_waits_for_a_batch(bench: Bench) -> None:
+    service = TestService()
+    assert isinstance(service.ask(bench, bench.key_id, temperature=0), Accelerate)
+    assert next(iter(bench.answers._flights.values())).batch
+    decision = bench.later(bench.arrival(temperature=0))
+    assert isinstance(decision, Accelerate)
+    assert not next(iter(bench.answers._flights.values())).batch, "from now on others wait for this one"
+
+
+def test_a_worker_that_keeps_no_answers_leads_no_question(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, workers=0)
+    bench.beat("w", keeps=False)
+    assert told(bench.later(bench.arrival(temperature=0))).keep is None
+    assert bench.answers._flights == {}
+
+
+def test_an_alias_shadows_no_model(bench: Bench) -> None:
+    bench.beat("other", ("n",))
+    bench.aliases.take(msgspec.json.encode(Alias("m", "o", "n", "")))
+    assert told(bench.now(bench.arrival())).model == ""
+
+
 class TestRelay:
+    def test_another_revision_does_not_answer_the_question(self, tmp_path: Path) -> None:
+        bench = Bench(tmp_path, nginx=False, workers=1)
+        first = bench.later(bench.arrival(temperature=0))
+        assert isinstance(first, Relay)
+        assert first.context.keep is not None
+        bench.beat("new", revision="r2")
+        second = bench.path.again(first, CHAT, Attempts(("w0:1",), 0))
+        assert isinstance(second, Relay)
+        assert second.context.keep is None
+
     def test_a_foreign_engine_is_relayed_and_tried_elsewhere(self, tmp_path: Path) -> None:
         bench = Bench(tmp_path, workers=0)
         bench.beat("f0", metered=False)
@@ -358,7 +394,7 @@ class TestRelay:
         assert bench.counted("502") == 1
 
     def test_a_leader_that_fails_lets_the_others_go(self, tmp_path: Path) -> None:
-        bench = Bench(tmp_path, edge="none", workers=1)
+        bench = Bench(tmp_path, nginx=False, workers=1)
         relay = bench.later(bench.arrival(temperature=0))
         assert isinstance(relay, Relay)
         assert len(bench.answers._flights) == 1

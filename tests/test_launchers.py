@@ -1,6 +1,7 @@
 """compose.yaml and `make up` start one set of programs: every setting of one is in the other, or stands here with a reason."""
 
 import re
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from services.jobs.settings import JobsSettings
 from services.ledger.settings import LedgerSettings
 from services.local import configs, programs
 from services.local.plan import ROOT, Dials, Ports
-from services.secrets.__main__ import make
+from services.secrets.__main__ import ACL, CACHE_ACL, make
 from services.trainer.settings import TrainerSettings
 from services.worker.settings import WorkerSettings
 
@@ -110,6 +111,12 @@ def test_nginx_is_rendered_with_the_same_names_in_both() -> None:
     by_launcher = set(re.findall(r'^        "([A-Z_]+)":', Path(configs.__file__).read_text(), re.M))
     assert wanted <= by_shell
     assert wanted <= by_launcher
+
+
+def test_new_rights_start_both_redis_servers_anew() -> None:
+    """They read their ACL at the start only; without a change of theirs, an upgrade would leave them on the old one."""
+    digest = sha256((ACL + CACHE_ACL).encode()).hexdigest()[:12]
+    assert [compose()[name]["labels"]["owngpt.acl"] for name in ("redis", "redis-cache")] == [digest] * 2
 
 
 def test_one_redis_configuration(local: dict[str, programs.Program]) -> None:

@@ -1,6 +1,7 @@
 """Where a request is begun and ended: load, record, metrics and log line, all in one place, each once."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from common import logs
 from common.metering.metrics import RequestMetrics
@@ -26,13 +27,23 @@ class Meter:
         self._metrics = metrics
         self._base_models = base_models
         self._open: set[int] = set()
+        self._unread = 0
         self.interactive = 0
         """Requests here now that are no batch's."""
 
     @property
     def in_flight(self) -> int:
         """Requests here now."""
-        return len(self._open)
+        return len(self._open) + self._unread
+
+    @contextlib.contextmanager
+    def unread(self) -> Iterator[None]:
+        """A request that has ended, and whose client has not read everything yet: its engine must not go."""
+        self._unread += 1
+        try:
+            yield
+        finally:
+            self._unread -= 1
 
     def begin(self, record: Record) -> None:
         """A request arrived."""

@@ -260,7 +260,8 @@ class _Metered:
         finally:
             self.mount.meter.end(self.record)
         if self.keeping is not None:
-            await self.keeping.drain()
+            with self.mount.meter.unread():
+                await self.keeping.drain()
 
     def _settle(self) -> None:
         """Decide how it ended and fill in what is missing."""

@@ -5,6 +5,7 @@ What is live and bounded. State redis (AOF, noeviction):
     worker:{id}           string, JSON `Heartbeat`, lives HEARTBEAT_TTL_MS   the worker's agent
     workers               set of worker ids that ever registered             the agent; reaped by gateways
     running:{id}          hash, record id -> JSON `Record` begun there       whoever meters
+    reaped:{id}           string with a TTL: some of its requests were lost  gateways
     usage                 stream, one entry per ended request, field `r`     whoever meters
     flushed:{recorder}    string with a TTL, number of the last flush        whoever meters
     key:{id}              string, JSON `ApiKey`                              python -m gateway.keys
@@ -66,6 +67,11 @@ def worker_key(worker_id: str) -> str:
 def running_key(worker_id: str) -> str:
     """Where the requests begun on a worker live."""
     return f"running:{worker_id}"
+
+
+def reaped_key(worker_id: str) -> str:
+    """Where it is noted that requests of a worker were settled as lost."""
+    return f"reaped:{worker_id}"
 
 
 def flushed_key(recorder: str) -> str:

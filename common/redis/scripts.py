@@ -3,14 +3,15 @@
 Above each one: its KEYS, its ARGV, what it returns, and why it is a script.
 """
 
-# KEYS[1] worker:{id}  KEYS[2] running:{id}  KEYS[3] workers  KEYS[4] usage ; ARGV[1] id  ARGV[2] max entries
-# Returns how many requests were lost, or -1 when the worker is alive.
+# KEYS[1] worker:{id}  KEYS[2] running:{id}  KEYS[3] workers  KEYS[4] usage  KEYS[5] reaped:{id} ; ARGV[1] id,
+# ARGV[2] max entries, ARGV[3] seconds to remember it. Returns how many requests were lost; -1 for a worker that lives.
 REAP = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return -1 end
 local left = redis.call('HVALS', KEYS[2])
 for _, record in ipairs(left) do
   redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[2], '*', 'r', record)
 end
+if #left > 0 then redis.call('SET', KEYS[5], '1', 'EX', ARGV[3]) end
 redis.call('DEL', KEYS[2])
 redis.call('SREM', KEYS[3], ARGV[1])
 return #left
@@ -20,15 +21,18 @@ return #left
 # of the flush, ARGV[4] how many begun; then for each begun request: running:{worker}, record id, record; then for each
 # ended one: the same three and '1' if an earlier flush has shown it as begun, else ''. Returns 1; 0 for a repetition.
 # A flush is applied once, however often it is sent: a timeout does not tell whether redis ran it. A request that was
-# shown and is gone from running:{worker} was ended by somebody else (REAP): it has its entry.
+# shown and is gone from running:{worker} was ended by REAP, if that has been there (reaped:{worker}); it has its entry.
+# Else redis has lost it with its last second.
 FLUSH = """
 if tonumber(redis.call('GET', KEYS[2]) or '0') >= tonumber(ARGV[3]) then return 0 end
 redis.call('SET', KEYS[2], ARGV[3], 'EX', ARGV[1])
 local ended_from = 5 + 3 * tonumber(ARGV[4])
 for i = 5, ended_from - 1, 3 do redis.call('HSET', ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
 for i = ended_from, #ARGV, 4 do
-  local ours = redis.call('HDEL', ARGV[i], ARGV[i + 1]) == 1
-  if ours or ARGV[i + 3] == '' then redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'r', ARGV[i + 2]) end
+  local ours = redis.call('HDEL', ARGV[i], ARGV[i + 1]) == 1 or ARGV[i + 3] == ''
+  if ours or redis.call('EXISTS', 'reaped' .. string.sub(ARGV[i], 8)) == 0 then
+    redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'r', ARGV[i + 2])
+  end
 end
 return 1
 """

@@ -9,6 +9,8 @@ from services.jobs.batch_input import Line
 
 EXPIRED = {"code": "batch_expired", "message": "The batch's time was over before this ran."}
 
+UNREADABLE = {"code": "unreadable_answer", "message": "The answer is not JSON, or did not come."}
+
 
 class Result(NamedTuple):
     """An answered line, on its way to disk."""

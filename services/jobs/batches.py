@@ -30,7 +30,7 @@ from common.redis.names import BATCHES_ACTIVE, USAGE, batch_key, batches_key
 from common.tasks import end_tasks
 from services.jobs import batch_input
 from services.jobs.batch import Batch, CreateBatch, State
-from services.jobs.batch_results import EXPIRED, Result, Results, row
+from services.jobs.batch_results import EXPIRED, UNREADABLE, Result, Results, row
 from services.jobs.files import Files
 from services.jobs.front_door import Answer
 from services.jobs.metrics import JobsMetrics
@@ -43,8 +43,8 @@ POLL_S = 0.1
 USAGE_PAGE = 5000
 RETRIED = (429, 502, 503, 504)
 
-Ask = Callable[[str, bytes, str, str], Awaitable[Answer]]
-"""(endpoint, body, owner, request id) -> the answer."""
+Ask = Callable[[str, bytes, str, str, str], Awaitable[Answer]]
+"""(endpoint, body, owner, request id, who pays instead) -> the answer."""
 
 
 class Batches:
@@ -233,20 +233,27 @@ class Batches:
     ) -> None:
         """One request, tried again while only the moment is at fault."""
         request_id = f"{batch.id}-{line.number}"
-        # The answer was lost in a crash after its owner's usage had been recorded: the house pays for another.
-        payer = HOUSE if request_id in paid else batch.owner
         body = await asyncio.to_thread(batch_input.body, source, line)
         for attempt in range(1, MAX_TRIES + 1):
-            answer = await self._ask(batch.endpoint, body, payer, request_id)
+            answer = await self._ask_line(batch, body, request_id, paid)
             while answer.status == 503 and time.time() < batch.expires_at:  # nobody is there: that costs no try
+                if await self._is_cancelled(batch):
+                    return
                 await asyncio.sleep(RETRY_S)
-                answer = await self._ask(batch.endpoint, body, payer, request_id)
+                answer = await self._ask_line(batch, body, request_id, paid)
             if answer.status not in RETRIED or attempt == MAX_TRIES:
                 break
+            if answer.document is None:  # it broke off: computed and recorded, maybe
+                paid |= await self._paid(batch)
             await asyncio.sleep(RETRY_S * 2**attempt)
+        good = answer.status == 200 and answer.document is not None
         response = {"status_code": answer.status, "request_id": request_id, "body": answer.document}
-        results.add(Result(answer.status == 200, row(batch.id, line, response=response)))
-        self._metrics.lines.labels("completed" if answer.status == 200 else "failed").inc()
+        results.add(Result(good, row(batch.id, line, response=response, error=None if answer.document else UNREADABLE)))
+        self._metrics.lines.labels("completed" if good else "failed").inc()
+
+    async def _ask_line(self, batch: Batch, body: bytes, request_id: str, paid: set[str]) -> Answer:
+        # The answer was lost after its owner's usage had been recorded: the house pays for another.
+        return await self._ask(batch.endpoint, body, batch.owner, request_id, HOUSE if request_id in paid else "")
 
     async def _write(self, batch: Batch, results: Results) -> None:
         """Bring results to disk several times a second, then count them."""

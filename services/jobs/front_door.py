@@ -15,7 +15,8 @@ MAX_CONNECTIONS = 1024
 
 
 class Answer(NamedTuple):
-    """What came back. Status 503 and no document: nobody could be reached, or the answer broke off."""
+    """What came back. No document: it cannot be read; or it broke off (502), and may have been computed; or nobody was
+    reached (503)."""
 
     status: int
     document: Any
@@ -31,15 +32,21 @@ class FrontDoor:
             limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS),
         )
 
-    async def __call__(self, endpoint: str, body: bytes, owner: str, request_id: str) -> Answer:
-        """The answer to one request of `owner`."""
+    async def __call__(self, endpoint: str, body: bytes, owner: str, request_id: str, payer: str = "") -> Answer:
+        """The answer to one request of `owner`, who pays for it unless `payer` does."""
         try:
             answer = await self._http.post(endpoint, content=body, headers={
                 "content-type": "application/json", "x-request-id": request_id, "x-owngpt-owner": owner,
+                "x-owngpt-payer": payer,
             })  # fmt: skip
-            return Answer(answer.status_code, msgspec.json.decode(answer.content))
-        except (httpx.HTTPError, msgspec.MsgspecError, UnicodeDecodeError):
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout):
             return Answer(503, None)
+        except httpx.HTTPError:
+            return Answer(502, None)
+        try:
+            return Answer(answer.status_code, msgspec.json.decode(answer.content))
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return Answer(answer.status_code, None)
 
     async def close(self) -> None:
         """At the end of the lifespan."""

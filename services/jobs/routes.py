@@ -176,7 +176,7 @@ def add_aliases(api: FastAPI) -> None:
         request: Request, who: Owner, name: Annotated[str, Path(pattern=NAME)], asked: PutAlias
     ) -> dict[str, object]:
         served = request.app.state.table.models()
-        if name in served:
+        if name in request.app.state.table.known_models:
             raise errors.InvalidRequest(f"{name!r} is the name of a model itself.", param="name", code="alias_taken")
         if asked.model not in served:
             raise errors.NotFound(

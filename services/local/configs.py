@@ -50,7 +50,8 @@ def write_configs(dials: Dials, ports: Ports) -> None:
     listen, names = f"{dials.host}:{dials.port}", os.environ.get("SERVER_NAMES") or "_"
     others = f"server {{ listen {listen} default_server; server_name _; return 444; }}"
     config = run_dir / "nginx.conf"
-    config.touch(mode=0o600)  # the worker token is in it
+    config.touch()
+    config.chmod(0o600)  # the worker token is in it
     config.write_text(render(ROOT / "nginx/nginx.conf.template", {
         "RUN_DIR": str(run_dir),
         "LISTEN": listen,

@@ -23,11 +23,12 @@ from pathlib import Path
 ACL = """\
 user default off resetpass ~* &* +@all
 user health on nopass resetkeys resetchannels -@all +ping
-user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~flushed:* %R~aliases \
+user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~flushed:* ~reaped:* %R~aliases \
 resetchannels &workers &keys &held &aliases -@all +ping +hello +multi +exec +discard +get +set +del +exists +mget \
 +scan +smembers +srem +hset +hdel +hexists +hgetall +hvals +xadd +xlen +xrange +publish +subscribe +unsubscribe +eval
-user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage ~flushed:* %R~adapters \
-resetchannels &workers -@all +ping +hello +multi +exec +discard +get +set +del +sadd +srem +hset +hdel +hgetall +xadd \
+user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage ~flushed:* %R~reaped:* %R~adapters \
+resetchannels &workers -@all +ping +hello +multi +exec +discard +get +set +del +exists +sadd +srem \
++hset +hdel +hgetall +xadd \
 +publish +eval
 user jobs on #{jobs} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~file:* ~files:* ~ftjob:* \
 ~ftjobs:* ~ftqueue ~ftevents:* ~ftcheckpoints:* ~adapters ~aliases ~bt:* ~bts:* ~btactive \

@@ -53,6 +53,7 @@ class Heart:
         try:
             load = await self._engine.load()
             self.beat.in_flight, self.beat.interactive = load.in_flight, load.interactive
+            self.beat.keeps = load.keeps
             self._heard_at = time.monotonic()
             if now - self._numbers_at >= NUMBERS_EVERY_S:
                 self._numbers_at = now

@@ -44,6 +44,11 @@ class WorkerMiddleware:
             self._store = Store(redis, settings.answer_secret, lambda result: metrics.answers.labels(result).inc())
         self._metered = Metering(app, self.meter, os.environ[WORKER_ID], vllm=True, store=self._store)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether answers worth keeping are stored now."""
+        return self._store is not None and not self._store.away
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, self._closing(send))
@@ -52,7 +57,7 @@ class WorkerMiddleware:
             return
         path = scope["path"]
         if path == LOAD_PATH:
-            load = {"in_flight": self.meter.in_flight, "interactive": self.meter.interactive}
+            load = {"in_flight": self.meter.in_flight, "interactive": self.meter.interactive, "keeps": self.keeps}
             await _answer(send, 200, [(b"content-type", b"application/json")], msgspec.json.encode(load))
         elif path == "/metrics" and wants_exemplars(scope):
             await _answer(send, 200, [(b"content-type", OPENMETRICS)], generate_latest(REGISTRY, ALLOWUTF8))  # type: ignore[no-untyped-call]

@@ -39,6 +39,8 @@ class Reconciler:
         self._loaded: dict[str, Model] = {}
         self._leaving: set[str] = set()
         """No longer announced; maybe still in the engine."""
+        self._doubtful: set[str] = set()
+        """Loads that failed, or seemed to: one that timed out may be there all the same."""
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._not_before: dict[str, float] = {}
 
@@ -65,6 +67,8 @@ class Reconciler:
             self._leaving.add(name)
             self._announce(list(self._loaded.values()))
             self._not_before[name] = time.monotonic() + self._quiet_s
+        self._leaving |= self._doubtful - wanted.keys()
+        self._doubtful &= wanted.keys()
         for name in sorted(self._leaving):
             self._begin(name, self._unload(name))
         for name, adapter in wanted.items():
@@ -83,9 +87,11 @@ class Reconciler:
 
     async def _load(self, adapter: Adapter) -> None:
         if await self._loader.load(adapter.name, str(self._folder / adapter.folder)):
+            self._doubtful.discard(adapter.name)
             self._loaded[adapter.name] = self._describe(adapter)
             self._announce(list(self._loaded.values()))
         else:
+            self._doubtful.add(adapter.name)
             self._not_before[adapter.name] = time.monotonic() + RETRY_S
 
     async def _unload(self, name: str) -> None:

@@ -45,10 +45,8 @@ class Attached:
     def __init__(self, settings: WorkerSettings) -> None:
         url = httpx.URL(settings.engine_url)
         self.address, self.slots = f"{url.host}:{url.port or 80}", settings.max_num_seqs
-        self._http = httpx.AsyncClient(
-            base_url=f"http://{self.address}", headers={"authorization": f"Bearer {settings.worker_token}"},
-            timeout=ANSWER_TIMEOUT_S,
-        )
+        # Without the worker token: whoever runs the server would have it, and could ask our workers.
+        self._http = httpx.AsyncClient(base_url=f"http://{self.address}", timeout=ANSWER_TIMEOUT_S)
 
     def command(self) -> None:
         return None
@@ -66,7 +64,7 @@ class Attached:
         """What it lists. Nobody knows its files, so there is no revision, and its answers are never cached."""
         try:
             listing = msgspec.json.decode(await get(self._http, "/v1/models"), type=_Listing)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise EngineSilent(f"/v1/models: {error}") from error
         return [Model(entry.id, entry.max_model_len or 0, entry.created, entry.parent) for entry in listing.data]
 

@@ -4,6 +4,7 @@ An engine that the agent starts has a command; one that runs elsewhere has none.
 what it cannot do is None.
 """
 
+import math
 import re
 from typing import NamedTuple, Protocol
 
@@ -40,6 +41,8 @@ class Load(msgspec.Struct, frozen=True):
 
     in_flight: int = 0
     interactive: int = 0
+    keeps: bool = False
+    """Whether answers worth keeping are stored now."""
 
 
 class AdapterLoader(Protocol):
@@ -96,8 +99,14 @@ class Prometheus:
         self._patterns = [re.compile(rb"^%s(?:\{[^}]*\})? (\S+)" % name, re.M) for name in names]
 
     def read(self, text: bytes) -> list[float]:
-        """The sums, in the order of the names; 0.0 for a metric that is not there."""
-        return [sum(map(float, pattern.findall(text))) for pattern in self._patterns]
+        """The sums, in the order of the names; 0.0 for a metric that is not there. Raises EngineSilent."""
+        try:
+            found = [sum(map(float, pattern.findall(text))) for pattern in self._patterns]
+        except ValueError as error:
+            raise EngineSilent(f"/metrics: {error}") from error
+        if not all(map(math.isfinite, found)):
+            raise EngineSilent("/metrics: a number that is none")
+        return found
 
 
 async def get(http: httpx.AsyncClient, path: str) -> bytes:

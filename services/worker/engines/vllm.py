@@ -75,7 +75,7 @@ class Vllm:
     async def models(self) -> list[Model]:
         try:
             listing = msgspec.json.decode(await get(self._http, "/v1/models"), type=_Listing)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise EngineSilent(f"/v1/models: {error}") from error
         return [
             Model(entry.id, entry.max_model_len or 0, entry.created, entry.parent,
@@ -86,7 +86,7 @@ class Vllm:
     async def load(self) -> Load:
         try:
             return msgspec.json.decode(await get(self._http, LOAD_PATH), type=Load)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise EngineSilent(f"{LOAD_PATH}: {error}") from error
 
     async def numbers(self) -> Numbers:
