@@ -96,6 +96,7 @@ class Gateway:
         metrics, table, aliases = GatewayMetrics(registry), WorkerTable(), AliasTable()
         request_metrics = RequestMetrics(registry)
         app.state.table, app.state.aliases, app.state.registry = table, aliases, registry
+        app.state.metrics = metrics
         redis = connect(settings)
         recorder, session = Recorder(connect(settings)), open_session(settings)
         self._authenticator = authenticator = Authenticator(redis, service_token=settings.service_token)
@@ -119,6 +120,7 @@ class Gateway:
         finally:
             self.path = None  # what still comes in takes uvicorn's way, which knows that it is shutting down
             await end_tasks(background)
+            metrics.count()
             await held.close()
             await session.close()
             if answers is not None:

@@ -76,10 +76,10 @@ class DecisionProtocol(HttpToolsProtocol):
             super().on_message_complete()
             return
         self._parts = None
-        self.transport.write(encode(begun.response()))
+        self.server_state.total_requests += 1
+        self.transport.write(encode(begun.response()))  # no timer for the idle: nginx closes its own connections
         if self._last:
             self.transport.close()
-        self.on_response_complete()
 
     def shutdown(self) -> None:
         if self._parts is None:

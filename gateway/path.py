@@ -70,11 +70,6 @@ class RequestPath:
         self._tracing = tracing
         self._scopes = Scopes(settings.cache_secret, settings.cache_scope)
         self._holders = routing.Holders()
-        self._counted = {
-            (batch, route, kind): counter.labels(route, kind)
-            for batch, counter in ((False, metrics.decisions), (True, metrics.batch_decisions))
-            for route, _ in ROUTES.values() for kind in ("fast", "relay", "answer")
-        }
         # Ours alone: a prefix that nobody else has, and a number.
         self._uids = map(f"{secrets.token_hex(5)}{{:06x}}".format, itertools.count(1))
 
@@ -220,13 +215,13 @@ class RequestPath:
             arrival.uid, arrival.request_id, arrival.payer or key.id, arrival.attempt, self._scopes.salt(scope), model,
             arrival.batch, round(took_s, 6), chosen.reason, traced.traceparent if traced is not None else "", keep,
         )
-        self._metrics.decision_seconds.observe(took_s)
+        self._metrics.took(took_s)
         if traced is not None:
             traced.note(key=key.id, model=model or ask.model, worker=worker.beat.id, reason=chosen.reason)
         if arrival.from_nginx and worker.beat.metered:
-            self._counted[arrival.batch, arrival.route, "fast"].inc()
+            self._metrics.note(arrival.batch, arrival.route, "fast")
             return Accelerate(worker, told)
-        self._counted[arrival.batch, arrival.route, "relay"].inc()
+        self._metrics.note(arrival.batch, arrival.route, "relay")
         assert arrival.body is not None  # noqa: S101 - read in step 3
         return Relay(worker, told, ask, arrival.body, scope, traced)
 
@@ -234,7 +229,7 @@ class RequestPath:
         self, arrival: Arrival, key: ApiKey, question: Question, document: dict[str, object], said: bytes
     ) -> Replay:
         """From memory: it leaves a record like every other."""
-        self._counted[arrival.batch, arrival.route, "answer"].inc()
+        self._metrics.note(arrival.batch, arrival.route, "answer")
         usage, choices, took_s = document["usage"], document["choices"], time.perf_counter() - arrival.started
         assert isinstance(usage, dict)  # noqa: S101 - else it was not rendered
         assert isinstance(choices, list)  # noqa: S101 - as above
@@ -259,8 +254,7 @@ class RequestPath:
 
     def _refused(self, path: str, request_id: str, batch: bool, error: errors.ApiError) -> Refuse:
         """Count an error, log it, and make it the decision."""
-        counter = self._metrics.batch_decisions if batch else self._metrics.decisions
-        counter.labels(ROUTES[path][0], str(error.status)).inc()
+        self._metrics.note(batch, ROUTES[path][0], str(error.status))
         logger.log("WARNING" if error.status >= 500 else "INFO", "refused", request_id=request_id, path=path,
                    status=error.status, code=error.code)
         return Refuse(error, request_id)

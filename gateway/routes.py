@@ -30,6 +30,7 @@ def add_routes(api: FastAPI) -> None:
     @api.get("/metrics")
     async def metrics(request: Request) -> Response:
         """Prometheus text, of every gateway process of this container."""
+        request.app.state.metrics.count()
         registry = request.app.state.registry
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             registry = CollectorRegistry()

@@ -50,6 +50,7 @@ async def tend(redis: Redis, feed: Feed, table: WorkerTable, answers: Answers | 
                 logger.warning("could not look for lost requests", error=str(error))
             except Exception:  # a bug here must not stop the tending
                 logger.exception("tending failed")
+        metrics.count()
         metrics.workers_lost.inc(table.lost - lost)
         lost = table.lost
         for state, count in table.states().items():

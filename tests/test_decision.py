@@ -76,6 +76,7 @@ class Bench:
         asyncio.run(self.authenticator.check(f"Bearer {self.key}".encode()))
         self.registry = CollectorRegistry()
         metrics, self.aliases = GatewayMetrics(self.registry), AliasTable()
+        self.metrics = metrics
         self.told: list[str] = []
         self.held = HeldBack(60, self.told.append)
 
@@ -111,6 +112,7 @@ class Bench:
         return asyncio.run(decide())
 
     def counted(self, result: str, route: str = "chat") -> float:
+        self.metrics.count()
         return self.registry.get_sample_value("gateway_decisions_total", {"route": route, "result": result}) or 0.0
 
 
