@@ -55,6 +55,7 @@ BOUNDS = {
 }
 ROUNDS = 3
 STREAM_S = 8.0
+IDLE_S = 6.0
 CHUNKS = 200
 CLIENT = ["taskset", "-c", "1"]
 
@@ -214,8 +215,13 @@ def decision() -> Figures:
 
 
 def streams() -> Figures:
-    """CPU microseconds per chunk: nginx alone, the stack, vllm-router; 64 and 400 streams."""
+    """CPU microseconds per chunk: nginx alone, the stack, vllm-router; 64 and 400 streams.
+
+    Marginal: without what the stack's processes take when nobody asks (heartbeats heard, workers tended), which does not
+    grow with the chunks; on a virtual machine whose core is busy elsewhere a wake-up of an idle process is dear.
+    """
     found: dict[tuple[str, int], list[float]] = {}
+    idle: list[float] = []
     with workshop() as folder:
         mock, plain, router = free_ports(3)
         for count, interval_s in ((64, 0.01), (400, 0.05)):
@@ -235,6 +241,9 @@ def streams() -> Figures:
                     "stack": (ours.base, own, {}),
                     "router": (f"http://127.0.0.1:{router}", [rival.pid], {}),
                 }
+                before = cpu_s(own)
+                time.sleep(IDLE_S)
+                idle.append((cpu_s(own) - before) / IDLE_S)
                 if count == 64:
                     targets["deterministic"] = (ours.base, own, {"temperature": 0})
                     targets["alias"] = (ours.base, own, {"model": "alias"})
@@ -247,13 +256,20 @@ def streams() -> Figures:
                             cwd=ROOT, capture_output=True, text=True, check=True)
                         result = json.loads(done.stdout)
                         assert result["failed"] == 0, f"{name}: {result} {done.stderr[:300]}"
-                        cost_us = (cpu_s(pids) - before) / result["chunks"] * 1e6
+                        used_s = cpu_s(pids) - before
+                        cost_us = used_s / result["chunks"] * 1e6
                         found.setdefault((name, count), []).append(cost_us)
+                        if pids == own:
+                            marginal_us = (used_s - idle[-1] * result["seconds"]) / result["chunks"] * 1e6
+                            found.setdefault((f"{name}, marginal", count), []).append(marginal_us)
                         print(f"{count:4d} streams  {name:7s} {cost_us:6.2f} us/chunk  {result['chunks']} chunks", flush=True)
     medians = {key: statistics.median(values) for key, values in found.items()}
     return {
         "stream_cpu_vs_nginx_64": medians["stack", 64] / medians["nginx", 64],
         "stream_cpu_vs_nginx_400": medians["stack", 400] / medians["nginx", 400],
+        "stack_idle_ms_per_s": statistics.mean(idle) * 1e3,
+        **{f"stream_cpu_marginal_{name}_vs_nginx_{count}": medians[f"{name}, marginal", count] / medians["nginx", count]
+           for name, count in (("stack", 64), ("stack", 400), ("deterministic", 64), ("alias", 64))},
         "stream_cpu_deterministic_vs_nginx_64": medians["deterministic", 64] / medians["nginx", 64],
         "stream_cpu_alias_vs_nginx_64": medians["alias", 64] / medians["nginx", 64],
         "stream_cpu_vs_vllm_router": max(medians["stack", n] / medians["router", n] for n in (64, 400)),

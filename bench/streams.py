@@ -68,14 +68,15 @@ async def main() -> None:
         "Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     ).encode()
     Stream.finished = asyncio.Event()
-    Stream.deadline = time.monotonic() + float(seconds)
+    began = time.monotonic()
+    Stream.deadline = began + float(seconds)
     loop = asyncio.get_running_loop()
     assert parts.hostname
     assert parts.port
     for _ in range(int(streams)):
         await loop.create_connection(Stream, parts.hostname, parts.port)
     await asyncio.wait_for(Stream.finished.wait(), float(seconds) + 60)
-    print(json.dumps({"chunks": Stream.received, "failed": Stream.failed}))
+    print(json.dumps({"chunks": Stream.received, "failed": Stream.failed, "seconds": time.monotonic() - began}))
 
 
 if __name__ == "__main__":
