@@ -9,6 +9,7 @@ run() {
     shift
     "$@" || { failed=1; echo "  FAILED: $*"; }
 }
+# shellcheck disable=SC2329 # called through run
 quietly() {
     local out
     out=$("$@" 2>&1) || { echo "$out"; return 1; }

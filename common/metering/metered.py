@@ -295,7 +295,6 @@ class _Metered:
         self.finished = True
         self.record.status = status
         status, headers, out = engine_errors.in_our_words(status, body, self.record.model, self.scope["path"])
-        await self._send(
-            {"type": "http.response.start", "status": status, "headers": [*headers, *self._explained()]}
-        )
+        headers = [*headers, *self._explained()]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": out, "more_body": False})
