@@ -28,7 +28,7 @@ class ApiKey(msgspec.Struct):
     digest: str
     created: int
     scope: str = ""
-    """Keys with the same scope share cached answers and KV blocks; empty: this key alone (`isolation.py`)."""
+    """Keys with the same scope share cached answers and KV blocks; empty: this key alone (`gateway/isolation.py`)."""
 
 
 def _checksum(key_id: str, secret: str) -> str:

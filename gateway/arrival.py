@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     from gateway.tracing import Traced
 
 Read = Callable[[int], Awaitable[bytes]]
-"""Reads a body up to a limit in bytes. Raises BodyTooLarge."""
+"""Reads a body up to a limit in bytes. Raises BodyTooLarge, ClientGone."""
+
+
+class ClientGone(Exception):
+    """The client has left: nobody waits for a decision any more."""
 
 
 class Arrival:

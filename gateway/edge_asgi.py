@@ -17,7 +17,7 @@ from common.metering.context import CONTEXT
 from common.metering.meter import Meter
 from common.metering.metered import Metering
 from common.tasks import end_tasks
-from gateway.arrival import Arrival
+from gateway.arrival import Arrival, ClientGone
 from gateway.attempts import Attempts, Reason
 from gateway.decision import Decision, Refuse, Relay, Response
 from gateway.path import RequestPath
@@ -117,10 +117,6 @@ class AsgiEdge:
             logger.exception("the relay failed", request_id=relay.context.request_id)
             return errors.ApiError(f"The gateway failed ({type(error).__name__}).")
         return None
-
-
-class ClientGone(Exception):
-    """The client left before its request was whole."""
 
 
 class Sending:

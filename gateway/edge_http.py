@@ -68,10 +68,10 @@ class DecisionProtocol(HttpToolsProtocol):
             return
         parts = self._parts
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        path = self.app.path
-        assert path is not None  # noqa: S101 - asked when the headers were in
-        begun = start(path.decide(Arrival("POST", _HOT[self.url], dict(self.headers), body, from_nginx=True)))
-        if isinstance(begun, Waiting | Relay):
+        path, begun = self.app.path, None
+        if path is not None:
+            begun = start(path.decide(Arrival("POST", _HOT[self.url], dict(self.headers), body, from_nginx=True)))
+        if begun is None or isinstance(begun, Waiting | Relay):
             self._go_on_as_asgi(body, begun)
             super().on_message_complete()
             return

@@ -34,7 +34,7 @@ from common.routes import ROUTES
 from common.workers import WorkerTable
 from gateway import attempts, routing
 from gateway.answers import Answers
-from gateway.arrival import Arrival
+from gateway.arrival import Arrival, ClientGone
 from gateway.attempts import Attempts, HeldBack
 from gateway.decision import Accelerate, Decision, Refuse, Relay, Replay
 from gateway.decode import Ask, decode
@@ -74,17 +74,21 @@ class RequestPath:
         self._uids = map(f"{secrets.token_hex(5)}{{:06x}}".format, itertools.count(1))
 
     def decide(self, arrival: Arrival) -> Steps[Decision]:
-        """What becomes of a request."""
+        """What becomes of a request. Raises ClientGone."""
+        decision: Decision | None = None
         self._name(arrival)
         try:
             decision = yield from self._decide(arrival)
         except errors.ApiError as error:
             decision = self._refuse(arrival, error)
+        except ClientGone:
+            raise
         except Exception as error:  # a bug of ours: the client gets our words, the log gets the cause
             logger.exception("the path failed", request_id=arrival.request_id, path=arrival.path)
             decision = self._refuse(arrival, errors.ApiError(f"The gateway failed ({type(error).__name__})."))
-        if arrival.traced is not None and not isinstance(decision, Relay):
-            arrival.traced.end()
+        finally:  # also when the client leaves while something is awaited
+            if arrival.traced is not None and not isinstance(decision, Relay):
+                arrival.traced.end()
         return decision
 
     def _decide(self, arrival: Arrival) -> Steps[Decision]:

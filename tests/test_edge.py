@@ -124,6 +124,17 @@ def test_what_is_no_http_and_clients_that_leave_harm_nobody(shared: Stack) -> No
     assert not [line for line in shared.log("gateway") if line["level"] == "error"]
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault(shared: Stack) -> None:
+    raw = request(shared, raw=b"{" + b" " * 200_000 + b"}")
+    for where in ("socket", "port"):
+        with socket.socket(socket.AF_UNIX if where == "socket" else socket.AF_INET) as sock:
+            sock.connect(str(shared.dials.gateway_socket) if where == "socket" else ("127.0.0.1", shared.gateway_port))
+            sock.sendall(raw[:100_000])
+            time.sleep(0.1)
+    time.sleep(0.2)
+    assert not [line for line in shared.log("gateway") if line["level"] == "error"]
+
+
 def test_over_tcp_nobody_is_taken_for_nginx(shared: Stack) -> None:
     """Any process that reaches the port could tell of failed attempts, or bring a context; it is relayed and believed nothing."""
     forged = context.encode(context.Context("uid", "theirs", "somebody", 3)).decode()
