@@ -252,7 +252,7 @@ def batch() -> Figures:
         ids = Counter(line["custom_id"] for line in lines)
         time.sleep(1)
         billed = Counter(record["request_id"] for record in map(json.loads, up.records())
-                         if record["request_id"].startswith("batch-") and record["outcome"] == "ok")
+                         if record["batch"] and record["outcome"] == "ok")
         print(f"{len(lines)} results, {time.monotonic() - began:.0f} s, {now.request_counts}", flush=True)
         return {
             "batch_results": float(len(ids)), "batch_duplicates": float(sum(ids.values()) - len(ids)),
