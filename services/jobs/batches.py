@@ -210,6 +210,8 @@ class Batches:
                     self._freed.clear()
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._freed.wait(), POLL_S)
+            if ended == "completed" and await self._is_cancelled(batch):
+                ended = "cancelled"  # while the last lines were on their way
             if ended == "expired":
                 for line in waiting:
                     results.add(Result(False, row(batch.id, line, error=EXPIRED)))
