@@ -230,9 +230,7 @@ class Batches:
         self.in_flight -= 1
         self._freed.set()
 
-    async def _one(
-        self, batch: Batch, source: Path, line: batch_input.Line, results: Results, paid: set[str]
-    ) -> None:
+    async def _one(self, batch: Batch, source: Path, line: batch_input.Line, results: Results, paid: set[str]) -> None:
         """One request, tried again while only the moment is at fault."""
         request_id = f"{batch.id}-{line.number}"
         body = await asyncio.to_thread(batch_input.body, source, line)
