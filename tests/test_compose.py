@@ -278,7 +278,7 @@ def test_the_monitoring_profile_sees_every_container_and_tells_of_a_killed_worke
     try:
         wait_for(lambda: down() == [], "every job up", 60)
         docker("kill", "--signal", "KILL", docker("compose", "ps", "-q", "worker").strip())
-        wait_for(lambda: "WorkerLost" in [alert["name"] for alert in status(containers)["alerts"]], "WorkerLost in the status", 60)
+        wait_for(lambda: "WorkerLost" in [alert["name"] for alert in status(containers)["alerts"] or []], "WorkerLost in the status", 60)
 
         def told() -> str:
             return docker("compose", "logs", "--no-log-prefix", "ledger")
