@@ -80,12 +80,18 @@ class Answers:
         """This request answers the question from now on; what its worker is told about keeping the answer."""
         flight = self._flights.get(question.name)
         if flight is not None and flight.uid == uid:
-            flight.worker_id, flight.since = worker_id, time.monotonic()  # another attempt of the same request
+            self.moved(question.name, uid, worker_id)  # another attempt of the same request
         elif not self._store.away and (flight is None or (flight.batch and not batch)):
-            if len(self._flights) >= MAX_FLIGHTS:
-                self._end(next(iter(self._flights)), None)
+            if flight is None and len(self._flights) >= MAX_FLIGHTS:
+                oldest = next(iter(self._flights))  # rather one that nobody waits for
+                self._end(next((name for name, f in self._flights.items() if f.over is None), oldest), None)
             self._flights[question.name] = Flight(uid, worker_id, time.monotonic(), batch)
         return Keep(question.name, self._ttl_s, worker_id, self._max_bytes)
+
+    def moved(self, name: str, uid: str, worker_id: str) -> None:
+        """The request that leads a question is tried on another worker."""
+        if (flight := self._flights.get(name)) is not None and flight.uid == uid:
+            flight.worker_id, flight.since = worker_id, time.monotonic()
 
     def failed(self, name: str, uid: str) -> None:
         """The request that led a question goes nowhere any more."""

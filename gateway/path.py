@@ -213,6 +213,8 @@ class RequestPath:
         keep: Keep | None = None
         if question is not None and self._answers is not None and (worker.beat.keeps or not worker.beat.metered):
             keep = self._answers.lead(question, arrival.uid, worker.beat.id, batch=arrival.batch)
+        elif arrival.answer is not None and self._answers is not None:
+            self._answers.failed(arrival.answer, arrival.uid)  # this attempt's answer is not kept: nobody waits for it
         traced = arrival.traced
         took_s = time.perf_counter() - arrival.started
         told = Context(
@@ -277,7 +279,11 @@ class RequestPath:
             name = told.model or relay.ask.model
             if relay.worker.revision(name) == chosen.worker.revision(name):
                 keep = msgspec.structs.replace(keep, worker=chosen.worker.beat.id)
+                if self._answers is not None:
+                    self._answers.moved(keep.name, told.uid, chosen.worker.beat.id)
             else:  # another model by now: its answer is none to the question that was named
+                if self._answers is not None:
+                    self._answers.failed(keep.name, told.uid)
                 keep = None
         told = msgspec.structs.replace(told, attempt=told.attempt + 1, reason=chosen.reason, keep=keep)
         return relay._replace(worker=chosen.worker, context=told)

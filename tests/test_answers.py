@@ -583,6 +583,11 @@ class TestFlights:
         for number in range(30):
             answers.lead(Question(f"q{number}", "chat", False, False), f"u{number}", "w")
         assert list(answers._flights) == [f"q{number}" for number in range(20, 30)]
+        answers._flights["q20"].over = object()  # type: ignore[assignment]  # somebody waits for it
+        answers.lead(Question("one more", "chat", False, False), "u", "w")
+        assert "q20" in answers._flights
+        assert "q21" not in answers._flights
+        answers._flights["q20"].over = None
         answers._longest_s = 0.0
         answers.tend()
         assert answers._flights == {}

@@ -23,6 +23,14 @@ def check(tmp_path: Path, *rows: object) -> tuple:
 
 
 class TestLines:
+    def test_a_model_that_is_away_later_drops_no_line(self, tmp_path: Path) -> None:
+        """After a restart lines were judged by the models served then: completed, with lines missing (A1)."""
+        path = tmp_path / "in.jsonl"
+        path.write_text("".join(json.dumps(row(f"r{i}", body={"model": m})) + "\n" for i, m in enumerate("ab")))
+        assert len(batch_input.check(path, CHAT, {"a"})[0]) == 1
+        found, problems, _ = batch_input.check(path, CHAT, None)
+        assert (len(found), problems) == (2, [])
+
     def test_good_lines_are_found_again(self, tmp_path: Path) -> None:
         rows = [row(f"r{i}", body={"model": "m", "messages": [{"role": "user", "content": "ü" * i}]}) for i in range(20)]
         found, problems, used = check(tmp_path, *rows[:10], b"", *rows[10:])

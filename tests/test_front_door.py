@@ -114,6 +114,7 @@ def test_a_batch_whose_workers_are_gone_can_be_cancelled(floor: Stack, tmp_path:
 
 @pytest.mark.parametrize(("reply", "answer"), [
     (httpx.Response(200, content=b'{"a":1}'), Answer(200, {"a": 1})), (httpx.Response(200, content=b"\xff\0"), Answer(200, None)),
+    (httpx.Response(200, content=b'["odd"]'), Answer(200, None)),
     (httpx.Response(503, content=b"{}"), Answer(503, {})), (httpx.ConnectError("x"), Answer(503, None)),
     (httpx.ReadError("x"), Answer(502, None)), (httpx.ReadTimeout("x"), Answer(502, None)),
     (httpx.RemoteProtocolError("x"), Answer(502, None)),

@@ -65,7 +65,7 @@ class FakeEngine:
         self.adapters: FakeLoader | None = None
         self.up = True
         self.silent = False
-        self.in_flight = 0
+        self.in_flight = self.reading = 0
         self.steps = 0.0
         self.cleaned = 0
 
@@ -84,11 +84,15 @@ class FakeEngine:
     async def load(self) -> Load:
         if self.silent:
             raise EngineSilent("silent")
-        return Load(self.in_flight, self.in_flight)
+        return Load(self.in_flight, self.in_flight, self.reading)
 
     async def numbers(self) -> Numbers:
         self.steps += 1
         return Numbers(self.steps)
+
+    @staticmethod
+    async def still() -> Numbers:
+        return Numbers(7.0)
 
     def clean_up(self) -> None:
         self.cleaned += 1
@@ -251,6 +255,20 @@ class TestLife:
                     life.agent.stopping.set()
                 assert await life.task == 0
                 assert time.monotonic() - began < (4.5 if when == "drain" else 2)
+
+        asyncio.run(live())
+
+    def test_a_slow_reader_is_waited_for_and_stalls_nobody(self, floor: Stack) -> None:
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            engine.reading, engine.numbers = 1, FakeEngine.still  # type: ignore[method-assign]
+            async with living(floor, engine, stall_s=0.3) as life:
+                await asyncio.sleep(1.0)
+                assert life.said()["state"] == "ready"
+                life.agent.stopping.set()
+                await asyncio.sleep(0.6)
+                assert not life.task.done(), "what it has not read yet is still to come"
+                engine.reading = 0
 
         asyncio.run(live())
 

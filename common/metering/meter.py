@@ -27,23 +27,24 @@ class Meter:
         self._metrics = metrics
         self._base_models = base_models
         self._open: set[int] = set()
-        self._unread = 0
+        self.reading = 0
+        """Requests that have ended, and whose clients have not read everything yet."""
         self.interactive = 0
         """Requests here now that are no batch's."""
 
     @property
     def in_flight(self) -> int:
         """Requests here now."""
-        return len(self._open) + self._unread
+        return len(self._open)
 
     @contextlib.contextmanager
     def unread(self) -> Iterator[None]:
         """A request that has ended, and whose client has not read everything yet: its engine must not go."""
-        self._unread += 1
+        self.reading += 1
         try:
             yield
         finally:
-            self._unread -= 1
+            self.reading -= 1
 
     def begin(self, record: Record) -> None:
         """A request arrived."""

@@ -27,8 +27,10 @@ def problem(line: int | None, code: str, message: str, param: str | None = None)
     return {"line": line, "code": code, "message": message, "param": param}
 
 
-def check(path: Path, endpoint: str, models: set[str]) -> tuple[list[Line], list[dict[str, Any]], set[str]]:
-    """Every line of an input file: (lines, problems, models used)."""
+def check(
+    path: Path, endpoint: str, models: set[str] | None
+) -> tuple[list[Line], list[dict[str, Any]], set[str]]:
+    """Every line of an input file: (lines, problems, models used). Without `models` any model will do."""
     found: list[Line] = []
     problems: list[dict[str, Any]] = []
     used: set[str] = set()
@@ -50,7 +52,7 @@ def check(path: Path, endpoint: str, models: set[str]) -> tuple[list[Line], list
 
 
 def _wrong(
-    number: int, raw: bytes, endpoint: str, models: set[str], used: set[str], seen: dict[str, int]
+    number: int, raw: bytes, endpoint: str, models: set[str] | None, used: set[str], seen: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
     try:
         row = json.loads(raw)
@@ -77,7 +79,7 @@ def _wrong(
     if body.get("stream"):
         yield problem(number, "invalid_parameter", "body.stream: a batch has no streams.", "body.stream")
     model = body.get("model")
-    if not isinstance(model, str) or model not in models:
+    if not isinstance(model, str) or (models is not None and model not in models):
         yield problem(number, "model_not_found", f"body.model: {model!r} does not exist.", "body.model")
     else:
         used.add(model)

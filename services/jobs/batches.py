@@ -25,11 +25,11 @@ from common import errors
 from common.auth import HOUSE
 from common.files import File, is_id, new_id
 from common.jobstore import move_key, pack, unpack
-from common.records import Record
-from common.redis.names import BATCHES_ACTIVE, USAGE, batch_key, batches_key
+from common.redis.names import BATCHES_ACTIVE, batch_key, batches_key
 from common.tasks import end_tasks
 from services.jobs import batch_input
 from services.jobs.batch import Batch, CreateBatch, State
+from services.jobs.batch_paid import Paid
 from services.jobs.batch_results import EXPIRED, UNREADABLE, Result, Results, row
 from services.jobs.files import Files
 from services.jobs.front_door import Answer
@@ -40,7 +40,6 @@ MAX_TRIES = 4
 RETRY_S = 0.5
 WRITE_EVERY_S = 0.1
 POLL_S = 0.1
-USAGE_PAGE = 5000
 RETRIED = (429, 502, 503, 504)
 
 Ask = Callable[[str, bytes, str, str, str], Awaitable[Answer]]
@@ -152,8 +151,10 @@ class Batches:
             await self._move(batch, unfinished, status="failed", errors=gone, failed_at=int(time.time()))
             self._metrics.ended.labels("failed").inc()
             return
-        while not (models := self._models()):  # noqa: ASYNC110 - nothing tells when the first worker comes
-            await asyncio.sleep(0.5)
+        models: set[str] | None = None  # judged once: later a model may only be away for a moment
+        if batch.status == "validating":
+            while not (models := self._models()) and not await self._is_cancelled(batch):  # noqa: ASYNC110 - no news of it
+                await asyncio.sleep(0.5)
         found, problems, used = await asyncio.to_thread(batch_input.check, source, batch.endpoint, models)
         now = int(time.time())
         if batch.status == "validating":
@@ -170,24 +171,14 @@ class Batches:
         results = Results(self._where(batch.results), self._where(batch.failures))
         await asyncio.to_thread(results.recover)
         pending = [line for line in found if line.custom_id not in results.ids]
-        paid = await self._paid(batch) if batch.status == "in_progress" else set()
+        paid = Paid(self._redis, batch)
+        if batch.status == "in_progress":
+            await paid.look()
         ended: State = await self._answer(batch, source, pending, results, paid)
         await self._finish(batch, results, ended)
 
-    async def _paid(self, batch: Batch) -> set[str]:
-        """Request ids of this batch that workers have answered and recorded; we may not know every answer any more."""
-        paid: set[str] = set()
-        after = f"{(batch.in_progress_at or batch.created_at) * 1000}-0"
-        while entries := await self._redis.xrange(USAGE, f"({after}", count=USAGE_PAGE):
-            after = str(entries[-1][0])
-            for _, fields in entries:
-                record = msgspec.json.decode((fields or {})["r"], type=Record)
-                if record.outcome == "ok" and record.batch and record.key == batch.owner:
-                    paid.add(record.request_id)
-        return paid
-
     async def _answer(
-        self, batch: Batch, source: Path, pending: list[batch_input.Line], results: Results, paid: set[str]
+        self, batch: Batch, source: Path, pending: list[batch_input.Line], results: Results, paid: Paid
     ) -> State:
         """Ask every pending line, as there is room. Returns how it ended; raises when one fails by our fault."""
         ended: State = "completed"
@@ -212,12 +203,15 @@ class Batches:
                         await asyncio.wait_for(self._freed.wait(), POLL_S)
             if ended == "completed" and await self._is_cancelled(batch):
                 ended = "cancelled"  # while the last lines were on their way
+            elif ended == "completed" and time.time() > batch.expires_at:
+                ended = "expired"
             if ended == "expired":
                 for line in waiting:
                     results.add(Result(False, row(batch.id, line, error=EXPIRED)))
         finally:
             self._waiting.pop(batch.id, None)
             await end_tasks([writing])
+            await asyncio.to_thread(results.flush)
         return ended
 
     async def _is_cancelled(self, batch: Batch) -> bool:
@@ -230,7 +224,7 @@ class Batches:
         self.in_flight -= 1
         self._freed.set()
 
-    async def _one(self, batch: Batch, source: Path, line: batch_input.Line, results: Results, paid: set[str]) -> None:
+    async def _one(self, batch: Batch, source: Path, line: batch_input.Line, results: Results, paid: Paid) -> None:
         """One request, tried again while only the moment is at fault."""
         request_id = f"{batch.id}-{line.number}"
         body = await asyncio.to_thread(batch_input.body, source, line)
@@ -243,15 +237,18 @@ class Batches:
                 answer = await self._ask_line(batch, body, request_id, paid)
             if answer.status not in RETRIED or attempt == MAX_TRIES:
                 break
-            if answer.document is None:  # it broke off: computed and recorded, maybe
-                paid |= await self._paid(batch)
             await asyncio.sleep(RETRY_S * 2**attempt)
+            if answer.document is None:  # it broke off: computed and recorded, maybe
+                await paid.look_patiently()
+        if answer.status == 503 and time.time() >= batch.expires_at:
+            results.add(Result(False, row(batch.id, line, error=EXPIRED)))
+            return
         good = answer.status == 200 and answer.document is not None
         response = {"status_code": answer.status, "request_id": request_id, "body": answer.document}
         results.add(Result(good, row(batch.id, line, response=response, error=None if answer.document else UNREADABLE)))
         self._metrics.lines.labels("completed" if good else "failed").inc()
 
-    async def _ask_line(self, batch: Batch, body: bytes, request_id: str, paid: set[str]) -> Answer:
+    async def _ask_line(self, batch: Batch, body: bytes, request_id: str, paid: Paid) -> Answer:
         # The answer was lost after its owner's usage had been recorded: the house pays for another.
         return await self._ask(batch.endpoint, body, batch.owner, request_id, HOUSE if request_id in paid else "")
 

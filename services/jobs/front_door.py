@@ -44,7 +44,7 @@ class FrontDoor:
         except httpx.HTTPError:
             return Answer(502, None)
         try:
-            return Answer(answer.status_code, msgspec.json.decode(answer.content))
+            return Answer(answer.status_code, msgspec.json.decode(answer.content, type=dict))
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return Answer(answer.status_code, None)
 

@@ -109,7 +109,7 @@ class Agent:
         await asyncio.sleep(min(LATE_DECISIONS_S, self._settings.drain_timeout_s))
         while time.monotonic() < deadline:
             await self.heart.observe()
-            if self.heart.beat.in_flight == 0:
+            if self.heart.beat.in_flight + self.heart.reading == 0:
                 break
             await self.heart.tell("draining")
             await asyncio.sleep(self._settings.heartbeat_s)

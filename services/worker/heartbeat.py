@@ -30,6 +30,8 @@ class Heart:
             id=worker_id, address=engine.address, state="ready", models=[], slots=engine.slots, engine=engine.name,
             metered=engine.metered,
         )
+        self.reading = 0
+        """Clients for whom the engine must stay, though it has nothing to do for them."""
         self._steps = -1.0
         self._stepped_at = self._heard_at = time.monotonic()
         self._numbers_at = 0.0
@@ -53,7 +55,7 @@ class Heart:
         try:
             load = await self._engine.load()
             self.beat.in_flight, self.beat.interactive = load.in_flight, load.interactive
-            self.beat.keeps = load.keeps
+            self.beat.keeps, self.reading = load.keeps, load.reading
             self._heard_at = time.monotonic()
             if now - self._numbers_at >= NUMBERS_EVERY_S:
                 self._numbers_at = now

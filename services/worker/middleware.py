@@ -57,7 +57,8 @@ class WorkerMiddleware:
             return
         path = scope["path"]
         if path == LOAD_PATH:
-            load = {"in_flight": self.meter.in_flight, "interactive": self.meter.interactive, "keeps": self.keeps}
+            load = {"in_flight": self.meter.in_flight, "interactive": self.meter.interactive,
+                    "reading": self.meter.reading, "keeps": self.keeps}
             await _answer(send, 200, [(b"content-type", b"application/json")], msgspec.json.encode(load))
         elif path == "/metrics" and wants_exemplars(scope):
             await _answer(send, 200, [(b"content-type", OPENMETRICS)], generate_latest(REGISTRY, ALLOWUTF8))  # type: ignore[no-untyped-call]

@@ -41,6 +41,8 @@ class Load(msgspec.Struct, frozen=True):
 
     in_flight: int = 0
     interactive: int = 0
+    reading: int = 0
+    """Clients that have not read everything of an answer that is made."""
     keeps: bool = False
     """Whether answers worth keeping are stored now."""
 
