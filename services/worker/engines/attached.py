@@ -6,7 +6,6 @@ The gateway relays its requests and meters them. Its load is read where its /met
 import contextlib
 
 import httpx
-import msgspec
 
 from common.workers import Model
 from services.worker.engines.base import (
@@ -18,21 +17,11 @@ from services.worker.engines.base import (
     Prometheus,
     Refused,
     get,
+    listed,
 )
 from services.worker.settings import WorkerSettings
 
 _METRICS = Prometheus(b"vllm:num_requests_running", b"vllm:num_requests_waiting", b"vllm:kv_cache_usage_perc")
-
-
-class _Entry(msgspec.Struct):
-    id: str
-    max_model_len: int | None = None
-    created: int = 0
-    parent: str | None = None
-
-
-class _Listing(msgspec.Struct):
-    data: list[_Entry]
 
 
 class Attached:
@@ -62,11 +51,8 @@ class Attached:
 
     async def models(self) -> list[Model]:
         """What it lists. Nobody knows its files, so there is no revision, and its answers are never cached."""
-        try:
-            listing = msgspec.json.decode(await get(self._http, "/v1/models"), type=_Listing)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise EngineSilent(f"/v1/models: {error}") from error
-        return [Model(entry.id, entry.max_model_len or 0, entry.created, entry.parent) for entry in listing.data]
+        entries = await listed(self._http)
+        return [Model(entry.id, entry.max_model_len or 0, entry.created, entry.parent) for entry in entries]
 
     async def load(self) -> Load:
         running, waiting, _ = await self._metrics()

@@ -47,6 +47,20 @@ class Load(msgspec.Struct, frozen=True):
     """Whether answers worth keeping are stored now."""
 
 
+class Entry(msgspec.Struct):
+    """A model in /v1/models."""
+
+    id: str
+    max_model_len: int | None = None
+    created: int = 0
+    parent: str | None = None
+    root: str | None = None
+
+
+class _Listing(msgspec.Struct):
+    data: list[Entry]
+
+
 class AdapterLoader(Protocol):
     """Loads and unloads LoRA adapters while the engine runs."""
 
@@ -120,3 +134,11 @@ async def get(http: httpx.AsyncClient, path: str) -> bytes:
     if not answer.is_success:
         raise Refused(f"{path}: status {answer.status_code}")
     return answer.content
+
+
+async def listed(http: httpx.AsyncClient) -> list[Entry]:
+    """What the engine lists at /v1/models. Raises EngineSilent."""
+    try:
+        return msgspec.json.decode(await get(http, "/v1/models"), type=_Listing).data
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise EngineSilent(f"/v1/models: {error}") from error

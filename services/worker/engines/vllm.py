@@ -15,10 +15,12 @@ from services.worker.engines.base import (
     LOAD_TIMEOUT_S,
     AdapterLoader,
     EngineSilent,
+    Entry,
     Load,
     Numbers,
     Prometheus,
     get,
+    listed,
 )
 from services.worker.middleware import LOAD_PATH, WORKER_ID
 from services.worker.settings import WorkerSettings
@@ -28,20 +30,6 @@ _METRICS = Prometheus(
     b"vllm:iteration_tokens_total_count", b"vllm:num_requests_waiting", b"vllm:kv_cache_usage_perc",
     b"vllm:prompt_tokens_total", b"vllm:prompt_tokens_cached_total", b"vllm:generation_tokens_total",
 )
-
-
-class _Entry(msgspec.Struct):
-    """A model in vLLM's /v1/models."""
-
-    id: str
-    max_model_len: int | None = None
-    created: int = 0
-    parent: str | None = None
-    root: str | None = None
-
-
-class _Listing(msgspec.Struct):
-    data: list[_Entry]
 
 
 class Vllm:
@@ -73,14 +61,10 @@ class Vllm:
         return True
 
     async def models(self) -> list[Model]:
-        try:
-            listing = msgspec.json.decode(await get(self._http, "/v1/models"), type=_Listing)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise EngineSilent(f"/v1/models: {error}") from error
         return [
             Model(entry.id, entry.max_model_len or 0, entry.created, entry.parent,
                   await asyncio.to_thread(self._revision, entry))
-            for entry in listing.data
+            for entry in await listed(self._http)
         ]
 
     async def load(self) -> Load:
@@ -99,7 +83,7 @@ class Vllm:
     async def close(self) -> None:
         await self._http.aclose()
 
-    def _revision(self, entry: _Entry) -> str:
+    def _revision(self, entry: Entry) -> str:
         """What an answer of this model depends on: its files, and how the engine was told to run them."""
         try:
             digest = identity.model_digest(self._settings.model)
