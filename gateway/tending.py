@@ -36,25 +36,24 @@ async def tend(redis: Redis, feed: Feed, table: WorkerTable, answers: Answers | 
     lost = rounds = 0
     while True:
         rounds += 1
-        table.tend(connected=feed.connected)
-        if answers is not None:
-            answers.tend()
-        if feed.connected and rounds % REAP_EVERY == 0:
-            try:
-                # A redis that was away longer than heartbeats live has forgotten live workers: let them speak first.
-                settled = time.monotonic() - feed.connected_at > 2 * HEARTBEAT_TTL_MS / 1000
-                if settled and (requests := await reap(redis, table.workers)):
-                    metrics.lost_requests.inc(requests)
-                    logger.warning("requests lost with their worker", count=requests)
-            except (RedisError, OSError) as error:
-                logger.warning("could not look for lost requests", error=str(error))
-            except Exception:  # a bug here must not stop the tending
-                logger.exception("tending failed")
-        metrics.count()
-        metrics.workers_lost.inc(table.lost - lost)
-        lost = table.lost
-        for state, count in table.states().items():
-            metrics.workers.labels(state).set(count)
+        try:
+            table.tend(connected=feed.connected)
+            metrics.workers_lost.inc(table.lost - lost)
+            lost = table.lost
+            for state, count in table.states().items():
+                metrics.workers.labels(state).set(count)
+            metrics.count()
+            if answers is not None:
+                answers.tend()
+            # A redis that was away longer than heartbeats live has forgotten live workers: let them speak first.
+            settled = feed.connected and time.monotonic() - feed.connected_at > 2 * HEARTBEAT_TTL_MS / 1000
+            if settled and rounds % REAP_EVERY == 0 and (requests := await reap(redis, table.workers)):
+                metrics.lost_requests.inc(requests)
+                logger.warning("requests lost with their worker", count=requests)
+        except (RedisError, OSError) as error:
+            logger.warning("could not look for lost requests", error=str(error) or type(error).__name__)
+        except Exception:  # a bug here must not stop the tending
+            logger.exception("tending failed")
         await asyncio.sleep(TEND_EVERY_S)
 
 

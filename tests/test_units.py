@@ -10,16 +10,21 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
 
 from common import keys
 from common.errors import ApiError, InvalidRequest
+from common.feed import Feed
 from common.metering.metered import Metering
 from common.metering.rewrite import rewrite
 from common.records import Record
 from common.settings import read_secret
+from common.tasks import end_tasks
 from common.workers import Heartbeat, Model, Pool, Worker, WorkerTable
-from gateway import attempts, routing
+from gateway import attempts, routing, tending
 from gateway.decode import decode
+from gateway.metrics import GatewayMetrics
 from gateway.settings import Settings
 from services.gpu_exporter.settings import ExporterSettings
 from services.jobs.settings import JobsSettings
@@ -456,3 +461,31 @@ class TestEngineCommand:
         assert env["VLLM_CPU_KVCACHE_SPACE"] == "1"
         assert "VLLM_CPU_KVCACHE_SPACE" not in set(engine.environment(
             self.settings(tmp_path, accelerator="cuda"))) - set(os.environ)
+
+
+def test_tending_goes_on_after_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else workers that died stay in the table, and what decisions noted grows for ever."""
+    async def live() -> None:
+        table, metrics, feed = WorkerTable(), GatewayMetrics(CollectorRegistry()), Feed(Redis, {}, load_nothing)
+        rounds: list[int] = []
+
+        def expire(*, connected: bool) -> None:
+            rounds.append(len(rounds))
+            if len(rounds) == 1:
+                raise RuntimeError("a bug")
+
+        monkeypatch.setattr(table, "tend", expire)
+        monkeypatch.setattr(tending, "TEND_EVERY_S", 0.01)
+        metrics.took(0.001)
+        task = asyncio.create_task(tending.tend(Redis(), feed, table, None, metrics))
+        async with asyncio.timeout(5):
+            while len(rounds) < 3 and not task.done():
+                await asyncio.sleep(0.01)
+        assert not task.done()
+        assert metrics._took_s == []
+        await end_tasks([task])
+
+    async def load_nothing(_: Redis) -> None:
+        return
+
+    asyncio.run(live())
