@@ -1,8 +1,10 @@
 """Batches and the door they ask at: answers that break off, cannot be read, or never come; with a real redis, a scripted door."""
 
 import asyncio
+import errno
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from common.auth import HOUSE
 from common.records import Record
 from common.redis.names import USAGE
 from services.jobs.batch import CreateBatch
+from services.jobs.batch_results import Result, Results
 from services.jobs.batches import Batches
 from services.jobs.files import Files
 from services.jobs.front_door import Answer, FrontDoor
@@ -104,6 +107,58 @@ def test_an_answer_that_broke_off_after_it_was_recorded_is_paid_once(floor: Stac
         return door
 
     assert asyncio.run(run()).asked == [("owner", ""), ("owner", HOUSE)]
+
+
+def test_a_disk_that_is_full_for_a_moment_loses_and_doubles_no_line(floor: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, failed = os.fsync, []
+
+    def full_at_first(fd: int) -> None:
+        if "batches" in os.readlink(f"/proc/self/fd/{fd}") and len(failed) < 2:
+            failed.append(fd)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", full_at_first)
+    door = Door(GOOD)
+    ended, good, bad = asyncio.run(batch(floor, tmp_path, door, lines=12))
+    assert len(failed) == 2
+    assert (ended.status, ended.completed, bad) == ("completed", 12, [])
+    assert sorted(row["custom_id"] for row in good) == sorted(f"c{i}" for i in range(12))
+
+
+def test_what_the_disk_did_not_take_is_written_once_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, results = os.fsync, Results(tmp_path / "good", tmp_path / "bad")
+    results.add(Result(True, {"custom_id": "a"}))
+    results.add(Result(False, {"custom_id": "b"}))
+
+    def full(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("bad"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        results.flush()
+    assert (tmp_path / "bad").read_bytes() == b""
+    monkeypatch.setattr(os, "fsync", sync)
+    assert (results.flush(), results.completed, results.failed) == (1, 1, 1)
+    assert [json.loads((tmp_path / name).read_text())["custom_id"] for name in ("good", "bad")] == ["a", "b"]
+
+
+def test_a_bug_while_a_batch_runs_forgets_no_batch(floor: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KeyError of ours is no sign that there is no such batch."""
+    recover, tries = Results.recover, []
+
+    def fails_at_first(results: Results) -> None:
+        tries.append(results)
+        if len(tries) == 1:
+            raise KeyError("r")
+        recover(results)
+
+    monkeypatch.setattr(Results, "recover", fails_at_first)
+    ended, good, _ = asyncio.run(batch(floor, tmp_path, Door(GOOD)))
+    assert len(tries) == 2
+    assert (ended.status, len(good)) == ("completed", 1)
 
 
 def test_a_batch_whose_workers_are_gone_can_be_cancelled(floor: Stack, tmp_path: Path) -> None:

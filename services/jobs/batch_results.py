@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ class Results:
 
     def __init__(self, good: Path, bad: Path) -> None:
         self._paths = {True: good, False: bad}
-        self._waiting: list[Result] = []
+        self._waiting: dict[bool, list[Result]] = {True: [], False: []}
+        self._writing = threading.Lock()
         self.ids: set[str] = set()
         self.completed = self.failed = 0
         self.usage: dict[str, int] = {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
@@ -38,24 +40,40 @@ class Results:
 
     def add(self, result: Result) -> None:
         """Take a result; `flush` brings it to disk."""
-        self._waiting.append(result)
+        self._waiting[result.ok].append(result)
 
     def flush(self) -> int:
-        """Write what waits, to the disk itself. Returns how many results that were."""
-        batch, self._waiting = self._waiting, []
-        for ok, path in self._paths.items():
-            rows = [result.row for result in batch if result.ok is ok]
-            if not rows:
-                continue
-            with open(path, "ab") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        for result in batch:
-            self.completed += result.ok
-            self.failed += not result.ok
-            add_usage(self.usage, result.row)
-        return len(batch)
+        """Write what waits, to the disk itself. Returns how many results that were.
+
+        Raises OSError; what could not be written waits for the next call.
+        """
+        written = 0
+        with self._writing:  # a cancelled caller's thread may still be at it
+            for ok, waiting in self._waiting.items():
+                results = waiting[:]
+                if not results:
+                    continue
+                append(self._paths[ok], "".join(json.dumps(result.row) + "\n" for result in results).encode())
+                del waiting[:len(results)]
+                written += len(results)
+                self.completed += len(results) if ok else 0
+                self.failed += 0 if ok else len(results)
+                for result in results:
+                    add_usage(self.usage, result.row)
+        return written
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add to a file, all or nothing, on the disk itself. Raises OSError."""
+    with open(path, "ab", buffering=0) as file:
+        size_bytes, rest = file.tell(), memoryview(data)
+        try:
+            while rest:
+                rest = rest[file.write(rest):]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size_bytes)
+            raise
 
 
 def row(

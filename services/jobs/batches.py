@@ -129,14 +129,12 @@ class Batches:
     async def _keep_running(self, batch_id: str) -> None:
         while True:
             try:
-                await self._run(unpack(await self._redis.hgetall(batch_key(batch_id)), Batch))
+                if raw := await self._redis.hgetall(batch_key(batch_id)):
+                    await self._run(unpack(raw, Batch))
                 await self._redis.srem(BATCHES_ACTIVE, batch_id)
                 return
             except (RedisError, OSError) as error:
                 logger.warning("a batch waits", batch=batch_id, error=str(error))
-            except KeyError:
-                await self._redis.srem(BATCHES_ACTIVE, batch_id)
-                return
             except Exception:
                 logger.exception("a batch failed and starts again", batch=batch_id)
             await asyncio.sleep(5.0)
@@ -256,7 +254,12 @@ class Batches:
         """Bring results to disk several times a second, then count them."""
         while True:
             await asyncio.sleep(WRITE_EVERY_S)
-            if await asyncio.to_thread(results.flush):
+            try:
+                written = await asyncio.to_thread(results.flush)
+            except OSError as error:
+                logger.warning("results wait for the disk", batch=batch.id, error=str(error))
+                continue
+            if written:
                 with contextlib.suppress(RedisError, OSError):
                     await self._count(batch, results)
 
