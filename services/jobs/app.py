@@ -102,11 +102,16 @@ async def tend(feed: Feed, table: WorkerTable, files: Files) -> None:
     """Forget silent workers; once an hour remove what crashes left on the volume."""
     seconds = 0
     while True:
-        table.tend(connected=feed.connected)
-        if feed.connected:
-            if seconds % 3600 == 1 and (removed := await files.sweep()):
-                logger.info("removed files without a record", count=removed)
-            seconds += 1
+        try:
+            table.tend(connected=feed.connected)
+            if feed.connected:
+                seconds += 1
+                if seconds % 3600 == 2 and (removed := await files.sweep()):
+                    logger.info("removed files without a record", count=removed)
+        except (RedisError, OSError) as error:
+            logger.warning("files without a record stay for an hour", error=str(error) or type(error).__name__)
+        except Exception:  # a bug here must not stop the tending
+            logger.exception("tending failed")
         await asyncio.sleep(1.0)
 
 
