@@ -57,6 +57,38 @@ def free_ports(count: int) -> list[int]:
     raise AssertionError(f"no {count} free ports side by side")
 
 
+class Cache:
+    """A real redis-cache that tests stop, freeze and fill."""
+
+    def __init__(self, folder: Path, maxmemory: str = "1gb") -> None:
+        self.folder, self.sock = folder, folder / "c.sock"
+        make_secrets(folder / "secrets")
+        with open(folder / "secrets/redis/cache.acl", "a") as acl:
+            acl.write("user admin on nopass ~* &* +@all\n")
+        self.start(maxmemory)
+
+    def start(self, maxmemory: str = "1gb") -> None:
+        self.process = subprocess.Popen(cache_command(self.sock, self.folder / "secrets", maxmemory),
+                                        stdout=subprocess.DEVNULL)
+        wait_for(self.sock.exists, "a redis-cache socket")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.sock.unlink(missing_ok=True)
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.sock}?db=0"
+
+    @property
+    def password(self) -> str:
+        return (self.folder / "secrets/worker/redis_password").read_text().strip()
+
+    def client(self, user: str = "admin") -> Redis:
+        return Redis.from_url(self.url, username=user, password=self.password)
+
+
 class Stack:
     """redis, gateway and nginx as processes; workers are added by tests."""
 

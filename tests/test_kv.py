@@ -17,7 +17,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from redis import Redis
 from vllm.v1.kv_offload.base import (
     CanonicalKVCacheRef,
     CanonicalKVCaches,
@@ -41,8 +40,6 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from common.breaker import Breaker
-from services.local.programs import cache_command
-from services.secrets.__main__ import make as make_secrets
 from services.worker.identity import adapter_digest, model_digest
 from services.worker.vllm import shm
 from services.worker.vllm.kv import tier
@@ -50,7 +47,7 @@ from services.worker.vllm.kv.block import HEADER, PREFIX, Layout, Sealer
 from services.worker.vllm.kv.economy import FORGET_S, Economy
 from services.worker.vllm.kv.tier import Adapter, RedisTier
 from services.worker.vllm.kv.wire import Wire
-from tests.harness import wait_for
+from tests.harness import Cache, wait_for
 
 LAYERS, BLOCKS, PAGE, BLOCKS_PER_CHUNK = 4, 32, 4096, 2
 CHUNK = LAYERS * PAGE * BLOCKS_PER_CHUNK
@@ -61,39 +58,8 @@ LAYOUT = Layout(
 )
 
 
-class Cache:
-    """A real redis-cache that tests stop, freeze and fill."""
-
-    def __init__(self, folder: Path, maxmemory: str = "1gb") -> None:
-        self.folder, self.sock = folder, folder / "c.sock"
-        make_secrets(folder / "secrets")
-        with open(folder / "secrets/redis/cache.acl", "a") as acl:
-            acl.write("user admin on nopass ~* &* +@all\n")
-        self.start(maxmemory)
-
-    def start(self, maxmemory: str = "1gb") -> None:
-        self.process = subprocess.Popen(cache_command(self.sock, self.folder / "secrets", maxmemory),
-                                        stdout=subprocess.DEVNULL)
-        wait_for(self.sock.exists, "a redis-cache socket")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.sock.unlink(missing_ok=True)
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self.sock}?db=0"
-
-    @property
-    def password(self) -> str:
-        return (self.folder / "secrets/worker/redis_password").read_text().strip()
-
-    def client(self, user: str = "admin") -> Redis:
-        return Redis.from_url(self.url, username=user, password=self.password)
-
-    def wire(self) -> Wire:
-        return Wire(self.url, "worker", self.password)
+def wired(cache: Cache) -> Wire:
+    return Wire(cache.url, "worker", cache.password)
 
 
 @pytest.fixture
@@ -351,7 +317,7 @@ class TestEconomy:
 
 class TestWire:
     def test_values_travel_whole(self, cache: Cache) -> None:
-        wire, sent = cache.wire(), os.urandom(3_000_000)
+        wire, sent = wired(cache), os.urandom(3_000_000)
         assert wire.store([(b"kv:a", b"h" * 64, memoryview(sent)), (b"kv:b", b"i" * 64, memoryview(b"short"))], 60) == [True, True]
         assert wire.sizes([b"kv:a", b"kv:no", b"kv:b"]) == [3_000_064, 0, 69]
         slots = [memoryview(bytearray(3_000_000)), memoryview(bytearray(7)), memoryview(bytearray(5)), memoryview(bytearray(9))]
@@ -363,7 +329,7 @@ class TestWire:
         wire.close()
 
     def test_life_is_renewed_by_use(self, cache: Cache) -> None:
-        wire = cache.wire()
+        wire = wired(cache)
         wire.store([(b"kv:a", b"", memoryview(b"x"))], 60)
         wire.load([(b"kv:a", memoryview(bytearray(1)))], 0, 600)
         assert 590 < cache.client().ttl("kv:a") <= 600
@@ -372,14 +338,14 @@ class TestWire:
         wire.close()
 
     def test_seen(self, cache: Cache) -> None:
-        wire = cache.wire()
+        wire = wired(cache)
         assert wire.see([b"kvseen:a", b"kvseen:b"], 60) == [False, False]
         assert wire.see([b"kvseen:b", b"kvseen:c"], 60) == [True, False]
         assert 0 < wire.fill() < 0.5
         wire.close()
 
     def test_a_frozen_server_is_given_up_soon(self, cache: Cache) -> None:
-        wire = cache.wire()
+        wire = wired(cache)
         cache.process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         with pytest.raises(OSError, match="without enough bytes"):
@@ -442,7 +408,7 @@ class TestTier:
         a, b = engine("a"), engine("b")
         a.store(keys(3), [0, 1, 2, 3, 4, 5])
         names = [a.tier._sealer.name(key) for key in keys(3)]
-        wire = cache.wire()
+        wire = wired(cache)
         values = {}
         for name in names:
             slot = memoryview(bytearray(CHUNK))
@@ -580,7 +546,7 @@ class TestTier:
     def test_values_cost_what_the_blocks_cost(self, engine: Callable[..., Engine], cache: Cache) -> None:
         a = engine("a")
         a.store(keys(3), [0, 1, 2, 3, 4, 5])
-        wire = cache.wire()
+        wire = wired(cache)
         sizes = wire.sizes([a.tier._sealer.name(key) for key in keys(3)])
         wire.close()
         assert sizes == [CHUNK + HEADER.size] * 3

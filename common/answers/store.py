@@ -10,11 +10,11 @@ from hmac import compare_digest
 
 import msgspec
 from loguru import logger
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from common.answers.transcript import Document
 from common.breaker import Breaker
+from common.redis.pipelined import PipelinedRedis
 
 HEADER = b"x-owngpt-cache"
 HIT, MISS, BYPASS = b"hit", b"miss", b"bypass"
@@ -37,7 +37,7 @@ class Stored:
 class Store:
     """The answers of one deployment. `secret` keys their checksums; `count` hears: stored, not_kept, damaged."""
 
-    def __init__(self, redis: Redis, secret: str, count: Callable[[str], None]) -> None:
+    def __init__(self, redis: PipelinedRedis, secret: str, count: Callable[[str], None]) -> None:
         self._redis = redis
         self._secret = blake2b(secret.encode(), digest_size=32, person=b"owngpt answer v1").digest()
         self._count = count
@@ -53,7 +53,7 @@ class Store:
         if self._breaker.open:
             return [None] * len(names)
         try:
-            values = await self._redis.mget(names)
+            values = await self._redis.ask("MGET", *names)
         except (RedisError, OSError) as error:
             self._failed(error)
             return [None] * len(names)
@@ -70,7 +70,7 @@ class Store:
         if self._breaker.open:
             return
         try:
-            await self._redis.set(name, self._digest(name, body) + body, ex=ttl_s)
+            await self._redis.ask("SET", name, self._digest(name, body) + body, "EX", ttl_s)
         except (RedisError, OSError) as error:
             self._failed(error)
             return
@@ -78,7 +78,7 @@ class Store:
         self._count("not_kept" if body is NOT_KEPT else "stored")
 
     async def close(self) -> None:
-        """Give the connections back."""
+        """Give the connection back."""
         await self._redis.aclose()
 
     def _open(self, name: str, value: object) -> Stored | None:

@@ -4,6 +4,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from common.redis.pipelined import PipelinedRedis
 from common.settings import StateSettings
 
 
@@ -27,13 +28,6 @@ CACHE_TIMEOUT_S = 0.2
 """A cache that takes longer is no help."""
 
 
-def connect_cache(settings: StateSettings, url: str) -> Redis:
+def connect_cache(settings: StateSettings, url: str) -> PipelinedRedis:
     """A client of redis-cache at `url`; whoever takes longer than CACHE_TIMEOUT_S is away."""
-    return Redis.from_url(
-        url,
-        username=settings.redis_user,
-        password=settings.redis_password,
-        socket_timeout=CACHE_TIMEOUT_S,
-        socket_connect_timeout=CACHE_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 1),
-    )
+    return PipelinedRedis(url, settings.redis_user, settings.redis_password, CACHE_TIMEOUT_S)
