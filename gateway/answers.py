@@ -52,7 +52,8 @@ class Answers:
 
     def __init__(self, store: Store, is_running: IsRunning, count: Counter, ttl_s: int, max_bytes: int,
                  longest_s: float) -> None:
-        self._store, self._is_running, self._count = store, is_running, count
+        self._store, self._is_running = store, is_running
+        self._counts = {result: count.labels(result) for result in ("hit", "joined", "miss")}
         self._ttl_s, self._max_bytes, self._longest_s = ttl_s, max_bytes, longest_s
         self._asked: dict[str, asyncio.Future[Stored | None]] = {}
         self._flights: dict[str, Flight] = {}
@@ -73,7 +74,7 @@ class Answers:
             if stored is not None:
                 break
         document = stored.document if stored is not None else None
-        self._count.labels(result if document is not None else "miss").inc()
+        self._counts[result if document is not None else "miss"].inc()
         return document, stored is None
 
     def lead(self, question: Question, uid: str, worker_id: str, *, batch: bool = False) -> Keep:

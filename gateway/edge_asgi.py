@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gateway.tracing import Traced
 
 BEGUN = "owngpt.begun"
-"""In a scope: what `edge_http.py` has of a request already, its decision or the steps that must wait."""
+"""In a scope: what `edge_http.py` has of a request already, its decision or what will be it."""
 FROM_NGINX = "owngpt.from_nginx"
 """In a scope: whether it came over nginx' own socket."""
 
@@ -53,7 +53,7 @@ class AsgiEdge:
             await respond(decision.response(), send)
 
     async def _decision(self, scope: Scope, receive: Receive) -> Decision:
-        begun: Decision | Waiting | None = scope.get(BEGUN)
+        begun: Decision | Waiting | asyncio.Task[Decision] | None = scope.get(BEGUN)
         body = Body(scope, receive, read=begun is not None)
         if begun is None:
             arrival = Arrival(
@@ -61,7 +61,9 @@ class AsgiEdge:
                 from_nginx=scope.get(FROM_NGINX, False),
             )
             begun = start(self._path.decide(arrival))
-        return await unless_gone(begun, body) if isinstance(begun, Waiting) else begun
+        if isinstance(begun, Waiting):
+            begun = asyncio.create_task(begun.finish())
+        return await unless_gone(begun, body) if isinstance(begun, asyncio.Task) else begun
 
     async def _relay(self, relay: Relay, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Carry the bytes; on an early failure ask the path again."""
@@ -172,15 +174,14 @@ class Body:
             pass
 
 
-async def unless_gone(waiting: Waiting, body: Body) -> Decision:
-    """What the steps come to. Raises ClientGone: nobody waits for them any more."""
-    deciding, leaving = asyncio.create_task(waiting.finish()), asyncio.create_task(body.gone())
+async def unless_gone(deciding: "asyncio.Task[Decision]", body: Body) -> Decision:
+    """The decision. Raises ClientGone: nobody waits for it any more."""
+    leaving = asyncio.create_task(body.gone())
     try:
         await asyncio.wait({deciding, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not deciding.done():
             raise ClientGone
-        decision: Decision = deciding.result()
-        return decision
+        return deciding.result()
     finally:
         await end_tasks([deciding, leaving])
 

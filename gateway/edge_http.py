@@ -1,19 +1,20 @@
 """The edge towards nginx: uvicorn's own HTTP/1.1 protocol, which answers decisions as soon as the last byte is in.
 
-A request to a hot route whose decision needs nothing awaited is answered from the parser's callback: no task, no ASGI
-scope, no turn of the event loop. Everything else, the relay and whatever waits among it, goes on as an ASGI request on
-the same connection.
+A request to a hot route is answered from the parser's callback when its decision needs nothing awaited, else as soon as
+the decision is there: no ASGI scope, one write. Everything else, the relay among it, goes on as an ASGI request on the
+same connection.
 """
 
 import asyncio
 import socket
 from typing import TYPE_CHECKING, Any
 
+from loguru import logger
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from common.routes import ROUTES
 from gateway.arrival import Arrival
-from gateway.decision import Relay, Response
+from gateway.decision import Decision, Relay, Response
 from gateway.edge_asgi import BEGUN, FROM_NGINX
 from gateway.steps import Waiting, start
 
@@ -29,6 +30,9 @@ class DecisionProtocol(HttpToolsProtocol):
     app: "Gateway"
     _parts: list[bytes] | None = None
     """The body of a request that may be answered here; None for all others."""
+    _deciding: "asyncio.Task[Decision] | None" = None
+    """The decision about `_body`, which waits for something."""
+    _body = b""
     _last = False
     """Told to stop in the middle of a request: the connection ends after it."""
 
@@ -36,7 +40,17 @@ class DecisionProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._from_nginx = transport.get_extra_info("socket").family == socket.AF_UNIX
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        if (deciding := self._deciding) is not None:  # nobody waits for it any more
+            self._deciding = None
+            deciding.cancel()
+        super().connection_lost(exc)
+
     def on_message_begin(self) -> None:
+        if (deciding := self._deciding) is not None:  # pipelined: uvicorn answers one after the other
+            self._deciding = None
+            self._go_on_as_asgi(self._body, deciding)
+            super().on_message_complete()
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
@@ -71,18 +85,38 @@ class DecisionProtocol(HttpToolsProtocol):
         path, begun = self.app.path, None
         if path is not None:
             begun = start(path.decide(Arrival("POST", _HOT[self.url], dict(self.headers), body, from_nginx=True)))
-        if begun is None or isinstance(begun, Waiting | Relay):
-            self._go_on_as_asgi(body, begun)
+        if isinstance(begun, Waiting):
+            self._parts, self._body = None, body
+            self._deciding = asyncio.get_running_loop().create_task(begun.finish())
+            self._deciding.add_done_callback(self._decided)
+        else:
+            self._answer(begun, body)
+
+    def _decided(self, deciding: "asyncio.Task[Decision]") -> None:
+        """What had to wait is there."""
+        if self._deciding is not deciding:
+            return  # the client has left, or ASGI took it over
+        self._deciding = None
+        if deciding.cancelled() or (error := deciding.exception()) is not None:
+            if not deciding.cancelled():
+                logger.opt(exception=error).error("a decision failed")
+            self.transport.close()  # no answer: nginx asks once more
+            return
+        self._answer(deciding.result(), self._body)
+
+    def _answer(self, decision: Decision | None, body: bytes) -> None:
+        self._parts, self._body = None, b""
+        if decision is None or isinstance(decision, Relay):
+            self._go_on_as_asgi(body, decision)
             super().on_message_complete()
             return
-        self._parts = None
         self.server_state.total_requests += 1
-        self.transport.write(encode(begun.response()))  # no timer for the idle: nginx closes its own connections
+        self.transport.write(encode(decision.response()))  # no timer for the idle: nginx closes its own connections
         if self._last:
             self.transport.close()
 
     def shutdown(self) -> None:
-        if self._parts is None:
+        if self._parts is None and self._deciding is None:
             super().shutdown()
         else:
             self._last = True

@@ -76,8 +76,8 @@ class RequestPath:
     def decide(self, arrival: Arrival) -> Steps[Decision]:
         """What becomes of a request. Raises ClientGone."""
         decision: Decision | None = None
-        self._name(arrival)
         try:
+            self._name(arrival)
             decision = yield from self._decide(arrival)
         except errors.ApiError as error:
             decision = self._refuse(arrival, error)
@@ -125,15 +125,14 @@ class RequestPath:
     def _name(self, arrival: Arrival) -> None:
         """Our uid and the client's label: new, or what an earlier attempt of this request was called."""
         headers = arrival.headers
+        arrival.uid = arrival.request_id = next(self._uids)
         # Only nginx brings a context, and only from an earlier attempt; it passes none of a client's on.
         told = context.decode(headers[CONTEXT]) if arrival.from_nginx and CONTEXT in headers else None
         if told is not None:
             arrival.uid, arrival.request_id, arrival.attempt = told.uid, told.request_id, told.attempt + 1
             arrival.answer = told.keep.name if told.keep is not None else None
-        else:
-            label = headers.get(b"x-request-id", b"")
-            arrival.uid = next(self._uids)
-            arrival.request_id = label.decode() if _REQUEST_ID.fullmatch(label) else arrival.uid
+        elif _REQUEST_ID.fullmatch(label := headers.get(b"x-request-id", b"")):
+            arrival.request_id = label.decode()
         if self._tracing is not None:
             arrival.traced = self._tracing.begin(arrival)
 

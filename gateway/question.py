@@ -65,16 +65,11 @@ def ask_question(route: str, ask: Ask, model: str, body: bytes, scope: str, revi
     if options is not None and bytes(options) != b"null" and set(_decode_raw(options)) - {"include_usage"}:
         return None
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
-    digest = blake2b(digest_size=32, person=b"owngpt answer v1")
-    for part in (route, scope, revision):
-        _feed(digest, part.encode())
+    parts = [route.encode(), scope.encode(), revision.encode()]
     for field in sorted(fields.keys() - IGNORED):
-        _feed(digest, field.encode())
-        _feed(digest, msgspec.json.format(bytes(fields[field]), indent=-1))
+        parts += (field.encode(), msgspec.json.format(bytes(fields[field]), indent=-1))
+    said = b"".join([len(part).to_bytes(8, "little") + part for part in parts])
+    digest = blake2b(said, digest_size=32, person=b"owngpt answer v1")
     usage = bool(ask.stream_options and ask.stream_options.include_usage)
     return Question(PREFIX + digest.hexdigest(), route, bool(ask.stream), usage)
 
-
-def _feed(digest: blake2b, part: bytes) -> None:
-    digest.update(len(part).to_bytes(8, "little"))
-    digest.update(part)

@@ -247,17 +247,19 @@ def test_any_error_ends_in_the_path_counted_and_logged(bench: Bench, monkeypatch
     try:
         for number, (owner, name) in enumerate((
             (bench.table, "serving"), (bench.held, "refuses"), (bench.aliases, "targets"), (bench.authenticator, "cached"),
+            (bench.path, "_tracing"),
         ), 1):
             with monkeypatch.context() as patched:
-                patched.setattr(owner, name, None)
+                patched.setattr(owner, name, object())
                 decision = bench.now(bench.arrival())
             assert isinstance(decision, Refuse)
             assert decision.error.status == 500
             assert "secret" not in decision.error.message
+            assert decision.request_id
             assert bench.counted("500") == number
     finally:
         logger.remove(handle)
-    assert sum("the path failed" in line for line in lines) == 4
+    assert sum("the path failed" in line for line in lines) == 5
 
 
 def test_an_error_while_waiting_ends_in_the_path_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
