@@ -1,7 +1,8 @@
 """The figures of the stack: CPU per streamed chunk, requests per second, added latency, failover.
 
 Servers under test are pinned to core 0, mock and client to core 1; what is compared runs in turns within one run,
-and the median of the rounds counts. CPU is user + system time of the servers' processes from /proc.
+and the median of the rounds counts; of what drifts with the machine, the median of each round's ratio. CPU is the
+time the servers' threads ran, from /proc.
 """
 
 import asyncio
@@ -54,6 +55,7 @@ BOUNDS = {
     "kill9_failed": "0",
 }
 ROUNDS = 3
+STREAM_ROUNDS = 7
 STREAM_S = 8.0
 IDLE_S = 6.0
 CHUNKS = 200
@@ -65,16 +67,14 @@ Figures = dict[str, float]
 # --- what runs ------------------------------------------------------------------------------------
 
 def cpu_s(pids: list[int]) -> float:
-    """CPU seconds used so far by processes and their children."""
-    total, waiting = 0, list(pids)
+    """CPU seconds used so far by the threads of processes and of their children, to the nanosecond."""
+    total_ns, waiting = 0, list(pids)
     while waiting:
-        pid = waiting.pop()
         with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            total += int(fields[11]) + int(fields[12])
-            for task in os.listdir(f"/proc/{pid}/task"):
-                waiting += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
-    return total / os.sysconf("SC_CLK_TCK")
+            for task in Path(f"/proc/{waiting.pop()}/task").iterdir():
+                total_ns += int((task / "schedstat").read_text().split()[0])
+                waiting += map(int, (task / "children").read_text().split())
+    return total_ns / 1e9
 
 
 @contextlib.contextmanager
@@ -247,7 +247,7 @@ def streams() -> Figures:
                 if count == 64:
                     targets["deterministic"] = (ours.base, own, {"temperature": 0})
                     targets["alias"] = (ours.base, own, {"model": "alias"})
-                for _ in range(ROUNDS):
+                for _ in range(STREAM_ROUNDS):
                     for name, (url, pids, fields) in targets.items():
                         before = cpu_s(pids)
                         done = subprocess.run(
@@ -263,16 +263,19 @@ def streams() -> Figures:
                             marginal_us = (used_s - idle[-1] * result["seconds"]) / result["chunks"] * 1e6
                             found.setdefault((f"{name}, marginal", count), []).append(marginal_us)
                         print(f"{count:4d} streams  {name:7s} {cost_us:6.2f} us/chunk  {result['chunks']} chunks", flush=True)
+    def ratio(name: str, count: int, to: str = "nginx") -> float:
+        return statistics.median(a / b for a, b in zip(found[name, count], found[to, count], strict=True))
+
     medians = {key: statistics.median(values) for key, values in found.items()}
     return {
-        "stream_cpu_vs_nginx_64": medians["stack", 64] / medians["nginx", 64],
-        "stream_cpu_vs_nginx_400": medians["stack", 400] / medians["nginx", 400],
+        "stream_cpu_vs_nginx_64": ratio("stack", 64),
+        "stream_cpu_vs_nginx_400": ratio("stack", 400),
         "stack_idle_ms_per_s": statistics.mean(idle) * 1e3,
-        **{f"stream_cpu_marginal_{name}_vs_nginx_{count}": medians[f"{name}, marginal", count] / medians["nginx", count]
+        **{f"stream_cpu_marginal_{name}_vs_nginx_{count}": ratio(f"{name}, marginal", count)
            for name, count in (("stack", 64), ("stack", 400), ("deterministic", 64), ("alias", 64))},
-        "stream_cpu_deterministic_vs_nginx_64": medians["deterministic", 64] / medians["nginx", 64],
-        "stream_cpu_alias_vs_nginx_64": medians["alias", 64] / medians["nginx", 64],
-        "stream_cpu_vs_vllm_router": max(medians["stack", n] / medians["router", n] for n in (64, 400)),
+        "stream_cpu_deterministic_vs_nginx_64": ratio("deterministic", 64),
+        "stream_cpu_alias_vs_nginx_64": ratio("alias", 64),
+        "stream_cpu_vs_vllm_router": max(ratio("stack", n, "router") for n in (64, 400)),
         "stream_cpu_nginx_64_us": medians["nginx", 64], "stream_cpu_stack_64_us": medians["stack", 64],
         "stream_cpu_router_64_us": medians["router", 64], "stream_cpu_nginx_400_us": medians["nginx", 400],
         "stream_cpu_stack_400_us": medians["stack", 400], "stream_cpu_router_400_us": medians["router", 400],
