@@ -50,13 +50,14 @@ class Recorder:
         self._ended: deque[Record] = deque()
         self._sending: tuple[list[At], int, list[str]] | None = None
         self._task: asyncio.Task[None] | None = None
-        self._wake = asyncio.Event()
+        self._news, self._hurry = asyncio.Event(), asyncio.Event()
         self._stopping = False
         self.dropped = 0
 
     def begin(self, record: Record) -> None:
         """Note that a request reached a worker."""
         self._begun[record.worker, record.id] = record
+        self._news.set()
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="recorder")
 
@@ -67,7 +68,8 @@ class Recorder:
             self.dropped += 1
             return
         self._ended.append(record)
-        self._wake.set()
+        self._news.set()
+        self._hurry.set()
 
     async def flush(self) -> None:
         """Write what waits. Raises RedisError; nothing is lost or doubled then, the next call repeats it."""
@@ -101,7 +103,8 @@ class Recorder:
     async def close(self) -> None:
         """Stop the background task after the flush it is at, and write the rest."""
         self._stopping = True
-        self._wake.set()
+        self._news.set()
+        self._hurry.set()
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
         try:
@@ -113,9 +116,12 @@ class Recorder:
     async def _run(self) -> None:
         healthy = True
         while not self._stopping:
+            await self._news.wait()
+            self._news.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), FLUSH_INTERVAL_S)
-            self._wake.clear()
+                async with asyncio.timeout(FLUSH_INTERVAL_S):
+                    await self._hurry.wait()
+            self._hurry.clear()
             if not healthy:
                 await asyncio.sleep(RETRY_S)
             try:
@@ -124,8 +130,10 @@ class Recorder:
                 if healthy:
                     logger.warning("redis does not take usage records; keeping them in memory", error=str(error))
                 healthy = False
+                self._news.set()
             except Exception:  # a bug here must not end the writing
                 logger.exception("usage records could not be written")
+                self._news.set()
                 await asyncio.sleep(RETRY_S)
             else:
                 if not healthy:

@@ -1,8 +1,37 @@
 """Background tasks."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
+
+from loguru import logger
+from redis.exceptions import RedisError
+
+RETRY_S = 1.0
+"""At least this long after something failed."""
+
+
+async def repeat(what: str, work: Callable[[], Awaitable[None]], every_s: float) -> None:
+    """Do something again and again, until cancelled. What it raises ends nothing.
+
+    While redis, or a disk, is away that is said once; a bug is said each time.
+    """
+    away = False
+    while True:
+        pause_s = max(every_s, RETRY_S)
+        try:
+            await work()
+            pause_s = every_s
+            if away:
+                logger.info("goes on", what=what)
+            away = False
+        except (RedisError, OSError) as error:
+            if not away:
+                logger.warning("put off", what=what, error=str(error) or type(error).__name__)
+            away = True
+        except Exception:
+            logger.exception("failed; it is tried again", what=what)
+        await asyncio.sleep(pause_s)
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:

@@ -29,7 +29,7 @@ from common.recorder import Recorder
 from common.redis.connect import connect, connect_cache
 from common.redis.names import CHANNEL_ALIASES, CHANNEL_HELD, CHANNEL_KEYS, CHANNEL_WORKERS
 from common.routes import ROUTES
-from common.tasks import end_tasks
+from common.tasks import end_tasks, repeat
 from common.workers import WorkerTable
 from gateway import tending
 from gateway.answers import Answers
@@ -110,9 +110,10 @@ class Gateway:
         )
         self._edge = AsgiEdge(self.path, session, settings.worker_token, meter, store)
         feed = open_feed(settings, table, authenticator, held.here, aliases)
+        look_after = tending.Tending(redis, feed, table, answers, metrics)
         background = [
             asyncio.create_task(feed.run(), name="feed"),
-            asyncio.create_task(tending.tend(redis, feed, table, answers, metrics), name="tend"),
+            asyncio.create_task(repeat("tending", look_after.once, tending.TEND_EVERY_S), name="tend"),
         ]
         logger.info("gateway up", pid=os.getpid())
         try:

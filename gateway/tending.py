@@ -31,30 +31,32 @@ REAP_EVERY = 2
 """Rounds of tending between two looks for lost workers."""
 
 
-async def tend(redis: Redis, feed: Feed, table: WorkerTable, answers: Answers | None, metrics: GatewayMetrics) -> None:
-    """Forget silent workers, settle what lost ones left, refresh the gauges; until cancelled."""
-    lost = rounds = 0
-    while True:
-        rounds += 1
-        try:
-            table.tend(connected=feed.connected)
-            metrics.workers_lost.inc(table.lost - lost)
-            lost = table.lost
-            for state, count in table.states().items():
-                metrics.workers.labels(state).set(count)
-            metrics.count()
-            if answers is not None:
-                answers.tend()
-            # A redis that was away longer than heartbeats live has forgotten live workers: let them speak first.
-            settled = feed.connected and time.monotonic() - feed.connected_at > 2 * HEARTBEAT_TTL_MS / 1000
-            if settled and rounds % REAP_EVERY == 0 and (requests := await reap(redis, table.workers)):
-                metrics.lost_requests.inc(requests)
-                logger.warning("requests lost with their worker", count=requests)
-        except (RedisError, OSError) as error:
-            logger.warning("could not look for lost requests", error=str(error) or type(error).__name__)
-        except Exception:  # a bug here must not stop the tending
-            logger.exception("tending failed")
-        await asyncio.sleep(TEND_EVERY_S)
+class Tending:
+    """Forgets silent workers, settles what lost ones left, refreshes the gauges."""
+
+    def __init__(
+        self, redis: Redis, feed: Feed, table: WorkerTable, answers: Answers | None, metrics: GatewayMetrics
+    ) -> None:
+        self._redis, self._feed, self._table, self._answers, self._metrics = redis, feed, table, answers, metrics
+        self._lost = self._rounds = 0
+
+    async def once(self) -> None:
+        """What is due; call it every TEND_EVERY_S. Raises RedisError."""
+        self._rounds += 1
+        table, metrics, feed = self._table, self._metrics, self._feed
+        table.tend(connected=feed.connected)
+        metrics.workers_lost.inc(table.lost - self._lost)
+        self._lost = table.lost
+        for state, count in table.states().items():
+            metrics.workers.labels(state).set(count)
+        metrics.count()
+        if self._answers is not None:
+            self._answers.tend()
+        # A redis that was away longer than heartbeats live has forgotten live workers: let them speak first.
+        settled = feed.connected and time.monotonic() - feed.connected_at > 2 * HEARTBEAT_TTL_MS / 1000
+        if settled and self._rounds % REAP_EVERY == 0 and (requests := await reap(self._redis, table.workers)):
+            metrics.lost_requests.inc(requests)
+            logger.warning("requests lost with their worker", count=requests)
 
 
 async def reap(redis: Redis, heard: Container[str]) -> int:

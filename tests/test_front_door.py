@@ -13,15 +13,10 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
-from redis.exceptions import TimeoutError as RedisTimeout
 
 from common.auth import HOUSE
-from common.feed import Feed
 from common.records import Record
 from common.redis.names import USAGE
-from common.tasks import end_tasks
-from common.workers import WorkerTable
-from services.jobs.app import tend
 from services.jobs.batch import CreateBatch
 from services.jobs.batch_results import Result, Results
 from services.jobs.batches import Batches
@@ -196,20 +191,3 @@ def test_what_comes_back(reply: httpx.Response | Exception, answer: Answer) -> N
     assert asyncio.run(ask()) == answer
     assert seen[0].headers["authorization"] == f"Bearer {'t' * 40}"
     assert (seen[0].headers["x-owngpt-owner"], seen[0].headers["x-owngpt-payer"]) == ("owner", HOUSE)
-
-
-def test_a_slow_redis_does_not_end_the_tending() -> None:
-    """Else workers that died stay in the table, and batches count on their room."""
-    class Shelf:
-        async def sweep(self) -> int:
-            raise RedisTimeout("slow")
-
-    async def live() -> None:
-        feed = Feed(Redis, {}, lambda _: asyncio.sleep(0))
-        feed.connected = True
-        task = asyncio.create_task(tend(feed, WorkerTable(), Shelf()))
-        await asyncio.sleep(1.5)
-        assert not task.done()
-        await end_tasks([task])
-
-    asyncio.run(live())

@@ -4,7 +4,9 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from datetime import UTC, date, datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import pytest
@@ -136,6 +138,27 @@ def test_the_status_lives_through_a_redis_that_is_away(stack: Stack) -> None:
     stack.start_redis()
     assert stack.chat("ok").status_code == 200
     wait_for(lambda: usage(stack, stack.key)["requests"] >= 1, "counted after redis came back", 20)
+
+
+def test_an_exporter_that_answers_rubbish_ends_nothing(stack: Stack) -> None:
+    """One answer that could not be read ended the looking: the status showed its last GPUs for ever."""
+    answers = [b"gpu_info{gpu=", b'gpu_info{gpu="0",name="A100"} 1\n']
+
+    class Exporter(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            said = answers.pop(0) if len(answers) > 1 else answers[0]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(said)
+
+    with HTTPServer(("127.0.0.1", 0), Exporter) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        start(stack, GPU_EXPORTER_URL=f"http://127.0.0.1:{server.server_port}")
+        headers = {"authorization": f"Bearer {stack.key}"}
+        wait_for(lambda: (httpx.get(stack.base + "/v1/status", headers=headers).json()["gpus"] or [{}])[0].get("name") == "A100",
+                 "the GPU seen")
+        server.shutdown()
+    assert len([line for line in stack.log("ledger") if line["level"] == "error"]) == 1
 
 
 def test_alerts_nobody_else_gets_are_log_lines(stack: Stack) -> None:

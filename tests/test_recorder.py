@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
+from common import recorder as recorders
 from common.recorder import Recorder
 from common.records import Record
 from common.redis.names import USAGE, WORKERS, flushed_key, running_key, worker_key
@@ -143,3 +145,44 @@ def test_a_flush_sent_again_is_applied_once(floor: Stack) -> None:
         assert [key async for key in desk.gateway.scan_iter(match=flushed_key("*"))] == keys, "one key a recorder (B2)"
 
     check(floor, "w4", steps)
+
+
+def test_it_sleeps_while_nothing_happens_and_tries_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It woke twenty times a second for the rest of its life, beside engines that use every core."""
+    class Redis:
+        calls, away = 0, False
+
+        async def eval(self, *_: object) -> None:
+            self.calls += 1
+            if self.away:
+                raise RedisError("away")
+
+        async def aclose(self) -> None: ...
+
+    async def live() -> None:
+        redis = Redis()
+        recorder = Recorder(redis)  # type: ignore[arg-type]
+        naps: list[float] = []
+        real = asyncio.timeout
+        monkeypatch.setattr(recorders.asyncio, "timeout", lambda s: (naps.append(s), real(s))[1])
+        recorder.begin(record("w", "a"))
+        await asyncio.sleep(0.12)
+        assert redis.calls == len(naps) == 1, "it is shown, and then nobody wakes"
+        redis.away = True
+        recorder.end(record("w", "a"))
+        await asyncio.sleep(0.1)
+        assert redis.calls >= 2
+        redis.away = False
+        async with real(3):
+            while recorder._ended:
+                await asyncio.sleep(0.01)
+        quiet = len(naps)
+        await asyncio.sleep(0.2)
+        assert len(naps) <= quiet + 1
+        recorder.begin(record("w", "b"))
+        recorder.end(record("w", "b"))
+        await recorder.close()
+        assert not recorder._ended
+
+    monkeypatch.setattr(recorders, "RETRY_S", 0.05)
+    asyncio.run(live())

@@ -4,27 +4,26 @@ import asyncio
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
-from redis.asyncio import Redis
+from loguru import logger
+from redis.exceptions import RedisError
 
-from common import keys
+from common import keys, tasks
 from common.errors import ApiError, InvalidRequest
-from common.feed import Feed
 from common.metering.metered import Metering
 from common.metering.rewrite import rewrite
 from common.records import Record
 from common.settings import read_secret
 from common.tasks import end_tasks
 from common.workers import Heartbeat, Model, Pool, Worker, WorkerTable
-from gateway import attempts, routing, tending
+from gateway import attempts, routing
 from gateway.decode import decode
-from gateway.metrics import GatewayMetrics
 from gateway.settings import Settings
 from services.gpu_exporter.settings import ExporterSettings
 from services.jobs.settings import JobsSettings
@@ -463,29 +462,45 @@ class TestEngineCommand:
             self.settings(tmp_path, accelerator="cuda"))) - set(os.environ)
 
 
-def test_tending_goes_on_after_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else workers that died stay in the table, and what decisions noted grows for ever."""
-    async def live() -> None:
-        table, metrics, feed = WorkerTable(), GatewayMetrics(CollectorRegistry()), Feed(Redis, {}, load_nothing)
-        rounds: list[int] = []
+class TestRepeat:
+    """What a program does beside its requests goes on whatever happens: else workers that died stay in the table."""
 
-        def expire(*, connected: bool) -> None:
-            rounds.append(len(rounds))
-            if len(rounds) == 1:
-                raise RuntimeError("a bug")
+    def rounds(self, *happens: Exception | None) -> list[str]:
+        """What is logged while the work ends so, one time after the other."""
+        said: list[str] = []
 
-        monkeypatch.setattr(table, "tend", expire)
-        monkeypatch.setattr(tending, "TEND_EVERY_S", 0.01)
-        metrics.took(0.001)
-        task = asyncio.create_task(tending.tend(Redis(), feed, table, None, metrics))
-        async with asyncio.timeout(5):
-            while len(rounds) < 3 and not task.done():
-                await asyncio.sleep(0.01)
-        assert not task.done()
-        assert metrics._took_s == []
-        await end_tasks([task])
+        async def live() -> None:
+            left = list(happens)
 
-    async def load_nothing(_: Redis) -> None:
-        return
+            async def work() -> None:
+                if not left:
+                    done.set()
+                elif (error := left.pop(0)) is not None:
+                    raise error
 
-    asyncio.run(live())
+            done = asyncio.Event()
+            task = asyncio.create_task(tasks.repeat("it", work, 0.001))
+            async with asyncio.timeout(5):
+                await done.wait()
+            await end_tasks([task])
+            assert task.cancelled()
+
+        sink = logger.add(lambda message: said.append(message.record["level"].name), level="INFO")
+        try:
+            asyncio.run(live())
+        finally:
+            logger.remove(sink)
+        return said
+
+    def test_it_goes_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tasks, "RETRY_S", 0.001)
+        away = RedisError("away")
+        assert self.rounds(None, None) == []
+        assert self.rounds(RuntimeError("a bug"), None, RuntimeError("a bug")) == ["ERROR", "ERROR"]
+        assert self.rounds(away, OSError("away"), None, None, away, None) == ["WARNING", "INFO", "WARNING", "INFO"]
+
+    def test_a_failure_is_no_busy_loop(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tasks, "RETRY_S", 0.05)
+        began = time.monotonic()
+        self.rounds(RuntimeError("a bug"), RedisError("away"))
+        assert time.monotonic() - began >= 0.1

@@ -16,7 +16,7 @@ import pytest
 from redis.exceptions import RedisError
 
 from common.adapters import Adapter
-from common.redis.names import ADAPTERS, WORKERS, worker_key
+from common.redis.names import ADAPTERS, CHANNEL_WORKERS, WORKERS, worker_key
 from common.workers import Model
 from services.worker.agent import Agent
 from services.worker.engines.attached import Attached
@@ -193,6 +193,28 @@ class TestLife:
                 life.engine.in_flight = 0
             assert life.task.result() == 0
             await asyncio.to_thread(wait_for, lambda: floor.ready_count() == 0, "gone from the gateway")
+
+        asyncio.run(live())
+
+    def test_it_tells_news_at_once_and_little_otherwise(self, floor: Stack) -> None:
+        """Each heartbeat wakes every gateway, jobs service and ledger."""
+        async def live() -> None:
+            async with living(floor) as life:
+                await life.until(lambda: life.said().get("state") == "ready", "announced")
+                with floor.redis().pubsub() as heard:
+                    heard.subscribe(CHANNEL_WORKERS)
+
+                    def count() -> int:
+                        return sum(m["type"] == "message" for m in iter(lambda: heard.get_message(timeout=0.0), None))
+
+                    await asyncio.sleep(0.1)
+                    count()
+                    await asyncio.sleep(1.2)
+                    assert 2 <= count() <= 4, "it is said that it lives"
+                    for number in (1, 2, 3):
+                        life.engine.in_flight = number
+                        await life.until(lambda n=number: life.said()["in_flight"] == n, "told", 0.25)
+                life.engine.in_flight = 0
 
         asyncio.run(live())
 

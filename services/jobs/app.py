@@ -18,10 +18,10 @@ from common.feed import Feed, load_workers
 from common.redis.connect import connect
 from common.redis.names import CHANNEL_ALIASES, CHANNEL_KEYS, CHANNEL_WORKERS
 from common.serving import exposition, make_api
-from common.tasks import end_tasks
+from common.tasks import end_tasks, repeat
 from common.workers import WorkerTable
 from services.jobs.aliases import Aliases
-from services.jobs.batch_load import BatchLoad
+from services.jobs.batch_load import LOOK_EVERY_S, BatchLoad
 from services.jobs.batches import Batches
 from services.jobs.files import Files
 from services.jobs.front_door import FrontDoor
@@ -78,15 +78,17 @@ async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
 
     feed = Feed(
         lambda: connect(settings, timeout_s=None),
-        {
-            CHANNEL_WORKERS: table.take,
-            CHANNEL_KEYS: authenticator.forget,
-            CHANNEL_ALIASES: aliases.take,
-        },
+        {CHANNEL_WORKERS: table.take, CHANNEL_KEYS: authenticator.forget, CHANNEL_ALIASES: aliases.take},
         on_connect,
     )
-    background = [asyncio.create_task(feed.run()), asyncio.create_task(tend(feed, table, files))]
-    background.append(asyncio.create_task(load.run(lambda: batches.in_flight)))
+    look_after = Tending(feed, table, files)
+    background = [
+        asyncio.create_task(work)
+        for work in (
+            feed.run(), repeat("tending", look_after.once, 1.0),
+            repeat("the pace of batches", lambda: load.look(batches.in_flight), LOOK_EVERY_S),
+        )
+    ]
     logger.info("jobs service up")
     try:
         yield
@@ -98,21 +100,20 @@ async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
         await redis.aclose()
 
 
-async def tend(feed: Feed, table: WorkerTable, files: Files) -> None:
-    """Forget silent workers; once an hour remove what crashes left on the volume."""
-    seconds = 0
-    while True:
-        try:
-            table.tend(connected=feed.connected)
-            if feed.connected:
-                seconds += 1
-                if seconds % 3600 == 2 and (removed := await files.sweep()):
-                    logger.info("removed files without a record", count=removed)
-        except (RedisError, OSError) as error:
-            logger.warning("files without a record stay for an hour", error=str(error) or type(error).__name__)
-        except Exception:  # a bug here must not stop the tending
-            logger.exception("tending failed")
-        await asyncio.sleep(1.0)
+class Tending:
+    """Forgets silent workers; once an hour removes what crashes left on the volume."""
+
+    def __init__(self, feed: Feed, table: WorkerTable, files: Files) -> None:
+        self._feed, self._table, self._files = feed, table, files
+        self._seconds = 0
+
+    async def once(self) -> None:
+        """What is due; call it every second. Raises RedisError."""
+        self._table.tend(connected=self._feed.connected)
+        if self._feed.connected:
+            self._seconds += 1
+            if self._seconds % 3600 == 2 and (removed := await self._files.sweep()):
+                logger.info("removed files without a record", count=removed)
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:

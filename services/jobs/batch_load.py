@@ -1,13 +1,9 @@
 """What `BatchLimit` is told: the workers' reports, and the TTFT of everybody who is no batch, from the usage stream."""
 
-import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from loguru import logger
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from common.records import ANSWER_CACHE, Record
 from common.redis.names import USAGE
@@ -26,35 +22,24 @@ class BatchLoad:
         self.limit = BatchLimit()
         self._interactive = 0
         self._last = "$"
+        self._beside = False
+        """Whether something of ours ran since the last look."""
 
     def room(self, in_flight: int) -> bool:
         """Whether one more batch request may start now."""
         return self.limit.room(in_flight, self._interactive)
 
-    async def run(self, in_flight: Callable[[], int]) -> None:
-        """Until cancelled. `in_flight` counts our own requests."""
-        beside = False
-        while True:
-            try:
-                if self._last == "$":
-                    self.limit.learn(await self._history())
-                ttfts = await self._news()
-                beats = [worker.beat for worker in self._table.workers.values() if worker.beat.state == "ready"]
-                mine = in_flight()
-                self._interactive = sum(beat.interactive for beat in beats)
-                if not beside:  # nothing of ours ran since the last look
-                    self.limit.learn(ttfts)
-                self.limit.look(
-                    slots=sum(beat.slots for beat in beats), interactive=self._interactive,
-                    ttfts_s=ttfts,
-                )  # fmt: skip
-                beside = mine > 0
-            except (RedisError, OSError) as error:
-                logger.warning("batches go on at their last pace", error=str(error))
-                await asyncio.sleep(1.0)
-            except Exception:
-                logger.exception("the pace of batches could not be set")
-            await asyncio.sleep(LOOK_EVERY_S)
+    async def look(self, in_flight: int) -> None:
+        """Every LOOK_EVERY_S; `in_flight` counts our own requests. Raises RedisError: the last pace stays."""
+        if self._last == "$":
+            self.limit.learn(await self._history())
+        ttfts = await self._news()
+        beats = [worker.beat for worker in self._table.workers.values() if worker.beat.state == "ready"]
+        self._interactive = sum(beat.interactive for beat in beats)
+        if not self._beside:
+            self.limit.learn(ttfts)
+        self.limit.look(slots=sum(beat.slots for beat in beats), interactive=self._interactive, ttfts_s=ttfts)
+        self._beside = in_flight > 0
 
     async def _history(self) -> list[float]:
         """TTFTs before we came."""

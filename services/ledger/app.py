@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request, Response
 from loguru import logger
 from prometheus_client import CollectorRegistry
-from redis.exceptions import RedisError
 
 from common import logs
 from common.auth import Authenticator
@@ -17,16 +16,15 @@ from common.feed import Feed, load_workers
 from common.redis.connect import connect
 from common.redis.names import CHANNEL_KEYS, CHANNEL_WORKERS
 from common.serving import Owner, exposition, make_api
-from common.tasks import end_tasks
+from common.tasks import end_tasks, repeat
 from common.workers import WorkerTable
 from services.ledger.costs import Costs
 from services.ledger.live import LastMinute, Speeds, describe
 from services.ledger.metrics import LedgerMetrics
-from services.ledger.neighbours import Neighbours
+from services.ledger.neighbours import LOOK_EVERY_S, Neighbours
 from services.ledger.settings import LedgerSettings
 from services.ledger.usage import ALL, Books, total
 
-RETRY_S = 1.0
 COST_EVERY_S = 5
 
 
@@ -57,13 +55,19 @@ class Ledger:
         self.metrics.show(self.costs)
         tasks = [
             asyncio.create_task(work)
-            for work in (self._feed.run(), self._follow(), self._tend(), self.neighbours.run())
+            for work in (
+                self._feed.run(), repeat("the usage stream", self._follow, 0.0),
+                repeat("tending", self._tend, 1.0),
+                repeat("the count of money", self._count_money, COST_EVERY_S),
+                repeat("the look at neighbours", self.neighbours.look, LOOK_EVERY_S),
+            )
         ]
         logger.info("ledger up")
         try:
             yield
         finally:
             await end_tasks(tasks)
+            await self.neighbours.close()
             await self.books.close()
             await self._redis.aclose()
 
@@ -72,39 +76,24 @@ class Ledger:
         await load_workers(redis, self.table)
 
     async def _follow(self) -> None:
-        """Read the usage stream, for ever."""
-        away = False
-        while True:
-            try:
-                records = await self.books.next_records()
-                self.metrics.count(records)
-                self.last_minute.add(records)
-                if not records:
-                    self.metrics.behind.set(time.time())
-                away = False
-            except (RedisError, OSError) as error:
-                if not away:
-                    logger.warning("redis is away; usage is read later", error=str(error) or type(error).__name__)
-                away = True
-                await asyncio.sleep(RETRY_S)
-            except Exception:  # a bug here must not end the following
-                logger.exception("the usage stream was not read")
-                await asyncio.sleep(RETRY_S)
+        """The next records of the usage stream, as they come. Raises RedisError."""
+        records = await self.books.next_records()
+        self.metrics.count(records)
+        self.last_minute.add(records)
+        if not records:
+            self.metrics.behind.set(time.time())
 
     async def _tend(self) -> None:
-        """Once a second: silent workers, speeds; now and then: money."""
-        seconds = 0
-        while True:
-            self.table.tend(connected=self._feed.connected)
-            self.speeds.take(self.table.workers.values())
-            if seconds % COST_EVERY_S == 0:
-                with contextlib.suppress(RedisError, OSError):  # the gap is counted at the next tick
-                    await self.costs.tick()
-                    used = await self.books.days(ALL, 1)
-                    self._tokens_today = _tokens(total(used[0][1])) if used else 0
-                    self.metrics.show(self.costs)
-            seconds += 1
-            await asyncio.sleep(1.0)
+        """Silent workers, speeds; call it every second."""
+        self.table.tend(connected=self._feed.connected)
+        self.speeds.take(self.table.workers.values())
+
+    async def _count_money(self) -> None:
+        """Call it every COST_EVERY_S; what it misses is counted at the next tick. Raises RedisError."""
+        await self.costs.tick()
+        used = await self.books.days(ALL, 1)
+        self._tokens_today = _tokens(total(used[0][1])) if used else 0
+        self.metrics.show(self.costs)
 
     def status(self) -> dict[str, object]:
         """What `/v1/status` says."""

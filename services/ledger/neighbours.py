@@ -1,6 +1,5 @@
 """What the ledger asks of others for its status: GPUs and host of the exporter, firing alerts of Prometheus."""
 
-import asyncio
 import time
 from typing import Any
 
@@ -8,7 +7,7 @@ import httpx
 from loguru import logger
 from prometheus_client.parser import text_string_to_metric_families
 
-EVERY_S = 2.0
+LOOK_EVERY_S = 2.0
 SILENT_FOR_S = 15.0
 """How long one that did not answer is left alone: looking up a name that does not exist holds a thread for seconds."""
 TIMEOUT_S = 1.0
@@ -63,32 +62,37 @@ def host(samples: Samples) -> dict[str, float | None]:
 
 
 class Neighbours:
-    """Asked every EVERY_S; what does not answer is missing from the status, and said once in the log."""
+    """Asked every LOOK_EVERY_S; what does not answer is missing from the status, and said once in the log."""
 
     def __init__(self, gpu_exporter_url: str, prometheus_url: str) -> None:
         self._gpu_exporter_url, self._prometheus_url = gpu_exporter_url, prometheus_url
+        self._http = httpx.AsyncClient(timeout=TIMEOUT_S)
         self._silent_until: dict[str, float] = {}
         self.gpus: list[dict[str, object]] | None = None
         self.host: dict[str, float | None] | None = None
         self.alerts: list[dict[str, str]] | None = None
 
-    async def run(self) -> None:
-        """Until cancelled."""
-        async with httpx.AsyncClient(timeout=TIMEOUT_S) as http:
-            while True:
-                text = await self._get(http, self._gpu_exporter_url, "/metrics")
-                samples = read_samples(text.text) if text is not None else None
-                self.gpus = gpus(samples) if samples is not None else None
-                self.host = host(samples) if samples is not None else None
-                answer = await self._get(http, self._prometheus_url, "/api/v1/alerts")
-                self.alerts = _alerts(answer.json()) if answer is not None else None
-                await asyncio.sleep(EVERY_S)
+    async def look(self) -> None:
+        """Ask them. Raises what an answer that cannot be read leads to."""
+        text = await self._get(self._gpu_exporter_url, "/metrics")
+        self.gpus = self.host = None
+        if text is not None:
+            samples = read_samples(text.text)
+            self.gpus, self.host = gpus(samples), host(samples)
+        answer = await self._get(self._prometheus_url, "/api/v1/alerts")
+        self.alerts = None
+        if answer is not None:
+            self.alerts = _alerts(answer.json())
 
-    async def _get(self, http: httpx.AsyncClient, base: str, path: str) -> httpx.Response | None:
+    async def close(self) -> None:
+        """Give the connections back."""
+        await self._http.aclose()
+
+    async def _get(self, base: str, path: str) -> httpx.Response | None:
         if not base or self._silent_until.get(base, 0.0) > time.monotonic():
             return None
         try:
-            answer = (await http.get(base + path)).raise_for_status()
+            answer = (await self._http.get(base + path)).raise_for_status()
         except httpx.HTTPError as error:
             if base not in self._silent_until:
                 logger.warning("does not answer; the status goes on without it", url=base, error=type(error).__name__)

@@ -17,6 +17,8 @@ from common.workers import Heartbeat, Model, State
 from services.worker.engines.base import Engine, EngineSilent
 
 NUMBERS_EVERY_S = 1.0
+TOLD_ANYWAY_S = 0.5
+"""A heartbeat that says nothing new is told this often: gateways and redis hear that the worker lives."""
 STOPPING_TTL_MS = 20_000
 """How long the engine may take to stop before gateways count what it ran as lost."""
 
@@ -36,6 +38,7 @@ class Heart:
         self._stepped_at = self._heard_at = time.monotonic()
         self._numbers_at = 0.0
         self._heard_of = {"publish": True, "set": True}
+        self._told, self._told_at = "", 0.0
 
     def serves(self, base: list[Model], adapters: list[Model]) -> None:
         """What the next heartbeat lists."""
@@ -46,7 +49,7 @@ class Heart:
         self._stepped_at = self._heard_at = time.monotonic()
         while True:
             await self.observe()
-            await self.tell(self.state())
+            await self.tell(self.state(), news_only=True)
             await asyncio.sleep(self._every_s)
 
     async def observe(self) -> None:
@@ -80,12 +83,15 @@ class Heart:
         stuck = self.beat.in_flight > 0 and now - self._stepped_at > self._stall_s
         return "stalled" if silent or stuck else "ready"
 
-    async def tell(self, state: State) -> None:
-        """One heartbeat."""
+    async def tell(self, state: State, *, news_only: bool = False) -> None:
+        """One heartbeat; with `news_only` none that says what the last one said, unless that is TOLD_ANYWAY_S ago."""
         if state != self.beat.state:
             logger.info("worker state", worker=self.beat.id, was=self.beat.state, now=state)
             self.beat.state = state
         raw = msgspec.json.encode(self.beat).decode()
+        if news_only and raw == self._told and time.monotonic() - self._told_at < TOLD_ANYWAY_S:
+            return
+        self._told = ""  # until it is told
         try:
             await self._redis.publish(CHANNEL_WORKERS, raw)  # first, and by itself: a full redis still passes it on
             self._worked("publish")
@@ -98,6 +104,7 @@ class Heart:
                 pipe.sadd(WORKERS, self.beat.id)
                 await pipe.execute()
             self._worked("set")
+            self._told, self._told_at = raw, time.monotonic()
         except (RedisError, OSError) as error:
             self._failed("set", error)
 

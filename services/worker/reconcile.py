@@ -11,11 +11,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
-from redis.exceptions import RedisError
-
 from common.adapters import Adapter, read_registry
-from common.tasks import end_tasks
+from common.tasks import end_tasks, repeat
 from common.workers import Model
 from services.worker.engines.base import AdapterLoader
 
@@ -47,19 +44,12 @@ class Reconciler:
     async def run(self) -> None:
         """Until cancelled."""
         try:
-            while True:
-                try:
-                    await self.compare()
-                except (RedisError, OSError):
-                    pass  # the registry is as it was
-                except Exception:  # a bug here must not end the keeping
-                    logger.exception("adapters could not be compared with the registry")
-                await asyncio.sleep(EVERY_S)
+            await repeat("the look at the adapters' registry", self.compare, EVERY_S)
         finally:
             await end_tasks(self._busy.values())
 
     async def compare(self) -> None:
-        """Begin what is to be done."""
+        """Begin what is to be done. Raises RedisError."""
         registry = read_registry(await self._registry())
         wanted = {name: adapter for name, adapter in registry.items() if adapter.base == self._base.id}
         for name in self._loaded.keys() - wanted.keys():
