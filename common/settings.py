@@ -12,6 +12,8 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIN_SECRET_CHARS = 24
+CACHE_URL = r"^(rediss?://[^/?@]+(/\d+)?|unix:///[^?]+(\?db=\d+)?)?$"
+"""redis-cache: a place and a number, nothing else (`common/redis/pipelined.py`)."""
 
 
 def read_secret(path: Path) -> str:

@@ -11,24 +11,29 @@ RETRY_S = 1.0
 """At least this long after something failed."""
 
 
-async def repeat(what: str, work: Callable[[], Awaitable[None]], every_s: float) -> None:
+async def repeat(what: str, work: Callable[[], Awaitable[bool | None]], every_s: float) -> None:
     """Do something again and again, until cancelled. What it raises ends nothing.
 
-    While redis, or a disk, is away that is said once; a bug is said each time.
+    While redis, or a disk, is away that is said once; a bug is said each time. Work that returns False had nothing to
+    do that could have failed: no sign that redis is back.
     """
     away = False
     while True:
         pause_s = max(every_s, RETRY_S)
         try:
-            await work()
+            tried = await work() is not False
             pause_s = every_s
-            if away:
+            if tried and away:
                 logger.info("goes on", what=what)
-            away = False
+                away = False
         except (RedisError, OSError) as error:
             if not away:
                 logger.warning("put off", what=what, error=str(error) or type(error).__name__)
             away = True
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            logger.exception("failed; it is tried again", what=what)  # something that it awaited was cancelled
         except Exception:
             logger.exception("failed; it is tried again", what=what)
         await asyncio.sleep(pause_s)

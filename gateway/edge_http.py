@@ -7,12 +7,14 @@ same connection.
 
 import asyncio
 import socket
-from typing import TYPE_CHECKING, Any
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loguru import logger
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from common.routes import ROUTES
+from common.tasks import end_tasks
 from gateway.arrival import Arrival
 from gateway.decision import Decision, Relay, Response
 from gateway.edge_asgi import BEGUN, FROM_NGINX
@@ -21,6 +23,7 @@ from gateway.steps import Waiting, start
 if TYPE_CHECKING:
     from gateway.app import Gateway
 
+T = TypeVar("T")
 _HOT = {path.encode(): path for path in ROUTES}
 
 
@@ -43,7 +46,7 @@ class DecisionProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if (deciding := self._deciding) is not None:  # nobody waits for it any more
             self._deciding = None
-            deciding.cancel()
+            self._hold(end_tasks([deciding]))
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
@@ -51,6 +54,7 @@ class DecisionProtocol(HttpToolsProtocol):
             self._deciding = None
             self._go_on_as_asgi(self._body, deciding)
             super().on_message_complete()
+            self._body = b""
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
@@ -87,7 +91,7 @@ class DecisionProtocol(HttpToolsProtocol):
             begun = start(path.decide(Arrival("POST", _HOT[self.url], dict(self.headers), body, from_nginx=True)))
         if isinstance(begun, Waiting):
             self._parts, self._body = None, body
-            self._deciding = asyncio.get_running_loop().create_task(begun.finish())
+            self._deciding = self._hold(begun.finish())
             self._deciding.add_done_callback(self._decided)
         else:
             self._answer(begun, body)
@@ -97,12 +101,18 @@ class DecisionProtocol(HttpToolsProtocol):
         if self._deciding is not deciding:
             return  # the client has left, or ASGI took it over
         self._deciding = None
-        if deciding.cancelled() or (error := deciding.exception()) is not None:
-            if not deciding.cancelled():
-                logger.opt(exception=error).error("a decision failed")
-            self.transport.close()  # no answer: nginx asks once more
-            return
-        self._answer(deciding.result(), self._body)
+        try:
+            self._answer(deciding.result(), self._body)
+        except (Exception, asyncio.CancelledError):  # nobody else would answer: nginx shall not wait for it
+            logger.exception("a decision was not answered")
+            self.transport.close()
+
+    def _hold(self, work: "Coroutine[Any, Any, T]") -> "asyncio.Task[T]":
+        """Do it beside everything else. At its end the server waits for it, for a while."""
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)  # type: ignore[arg-type]  # uvicorn's own return nothing
+        task.add_done_callback(self.tasks.discard)
+        return task
 
     def _answer(self, decision: Decision | None, body: bytes) -> None:
         self._parts, self._body = None, b""

@@ -40,23 +40,26 @@ class Tending:
         self._redis, self._feed, self._table, self._answers, self._metrics = redis, feed, table, answers, metrics
         self._lost = self._rounds = 0
 
-    async def once(self) -> None:
-        """What is due; call it every TEND_EVERY_S. Raises RedisError."""
+    async def once(self) -> bool:
+        """What is due, every TEND_EVERY_S; whether redis was asked. Raises RedisError."""
         self._rounds += 1
         table, metrics, feed = self._table, self._metrics, self._feed
+        metrics.count()
         table.tend(connected=feed.connected)
         metrics.workers_lost.inc(table.lost - self._lost)
         self._lost = table.lost
         for state, count in table.states().items():
             metrics.workers.labels(state).set(count)
-        metrics.count()
         if self._answers is not None:
             self._answers.tend()
         # A redis that was away longer than heartbeats live has forgotten live workers: let them speak first.
         settled = feed.connected and time.monotonic() - feed.connected_at > 2 * HEARTBEAT_TTL_MS / 1000
-        if settled and self._rounds % REAP_EVERY == 0 and (requests := await reap(self._redis, table.workers)):
+        if not settled or self._rounds % REAP_EVERY:
+            return False
+        if requests := await reap(self._redis, table.workers):
             metrics.lost_requests.inc(requests)
             logger.warning("requests lost with their worker", count=requests)
+        return True
 
 
 async def reap(redis: Redis, heard: Container[str]) -> int:

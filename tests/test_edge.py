@@ -182,6 +182,35 @@ def test_shutdown_finishes_what_has_begun(tmp_path) -> None:
         assert stack.running["gateway"].returncode in (0, -signal.SIGTERM)
 
 
+def test_shutdown_waits_for_a_decision_that_waits(tmp_path) -> None:
+    with running(tmp_path) as stack:
+        stack.add_worker("w1")
+        with connection(stack) as sock:
+            sock.sendall(request(stack))  # the key is known from here on
+            answers(sock, 1)
+            stack.running["redis-cache"].send_signal(signal.SIGSTOP)
+            sock.sendall(request(stack, temperature=0))
+            time.sleep(0.05)
+            stack.running["gateway"].send_signal(signal.SIGTERM)
+            [(status, headers, _)] = answers(sock, 1)
+            assert (status, headers["x-accel-redirect"]) == (200, "@worker")
+            assert sock.recv(1) == b""
+        stack.running["redis-cache"].send_signal(signal.SIGCONT)
+        wait_for(lambda: stack.running["gateway"].poll() is not None, "gone")
+
+
+def test_what_had_to_wait_and_becomes_a_relay(tmp_path) -> None:
+    """An engine without our middleware: the gateway carries the bytes, over nginx' socket as well."""
+    with running(tmp_path) as stack:
+        stack.add_worker("w1", "--unmetered")
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(stack.dials.gateway_socket))) as client:
+            for number in range(3):
+                answer = client.post("http://gateway" + CHAT, json=body("say 3", temperature=0, seed=number),
+                                     headers={"authorization": f"Bearer {stack.key}"})
+                assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 3)
+        assert not [line for line in stack.log("gateway") if line["level"] == "error"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_gateway_stops_at_once(tmp_path, number: int) -> None:
     with running(tmp_path) as stack:

@@ -5,6 +5,8 @@ import errno
 import io
 import json
 import os
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +15,14 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
+from redis.exceptions import TimeoutError as RedisTimeout
 
 from common.auth import HOUSE
+from common.feed import Feed
 from common.records import Record
 from common.redis.names import USAGE
+from common.workers import WorkerTable
+from services.jobs.app import Tending
 from services.jobs.batch import CreateBatch
 from services.jobs.batch_results import Result, Results
 from services.jobs.batches import Batches
@@ -191,3 +197,35 @@ def test_what_comes_back(reply: httpx.Response | Exception, answer: Answer) -> N
     assert asyncio.run(ask()) == answer
     assert seen[0].headers["authorization"] == f"Bearer {'t' * 40}"
     assert (seen[0].headers["x-owngpt-owner"], seen[0].headers["x-owngpt-payer"]) == ("owner", HOUSE)
+
+
+def test_what_crashes_left_on_the_volume_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once an hour; again after a minute when redis did not answer."""
+    class Redis:
+        away = True
+
+        async def exists(self, key: str) -> bool:
+            if self.away:
+                raise RedisTimeout("slow")
+            return key.endswith("kept")
+
+    monkeypatch.setattr(tempfile, "tempdir", None)  # Files changes it
+
+    async def live() -> None:
+        redis, feed = Redis(), Feed(lambda: None, {}, lambda _: asyncio.sleep(0))  # type: ignore[arg-type,return-value]
+        look_after = Tending(feed, WorkerTable(), Files(redis, tmp_path, 10, 10))  # type: ignore[arg-type]
+        for name, age_s in (("file-left", 7200), ("file-kept", 7200), ("file-new", 10)):
+            (tmp_path / name).write_bytes(b"x")
+            os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+        assert await look_after.once() is False, "redis is away: nobody knows"
+        feed.connected = True
+        with pytest.raises(RedisTimeout):
+            await look_after.once()
+        assert await look_after.once() is False, "not at once"
+        redis.away = False
+        look_after._sweep_at -= 60
+        assert await look_after.once() is True
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file-kept", "file-new"]
+        assert look_after._sweep_at > time.monotonic() + 3500
+
+    asyncio.run(live())

@@ -1,6 +1,7 @@
 """The ledger: every record once, each key its own, money by the clock, a status without a single neighbour."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -140,25 +141,38 @@ def test_the_status_lives_through_a_redis_that_is_away(stack: Stack) -> None:
     wait_for(lambda: usage(stack, stack.key)["requests"] >= 1, "counted after redis came back", 20)
 
 
-def test_an_exporter_that_answers_rubbish_ends_nothing(stack: Stack) -> None:
-    """One answer that could not be read ended the looking: the status showed its last GPUs for ever."""
-    answers = [b"gpu_info{gpu=", b'gpu_info{gpu="0",name="A100"} 1\n']
+def test_a_neighbour_that_answers_rubbish_hides_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One answer that could not be read ended the looking: the status showed its last GPUs and alerts for ever (B14)."""
+    alert = {"labels": {"alertname": "A"}, "annotations": {}, "state": "firing", "activeAt": "now"}
+    good = {"/metrics": 'gpu_info{gpu="0",name="A100"} 1\n', "/api/v1/alerts": json.dumps({"data": {"alerts": [alert]}})}
+    said = dict(good)
 
-    class Exporter(BaseHTTPRequestHandler):
+    class Neighbour(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            said = answers.pop(0) if len(answers) > 1 else answers[0]
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(said)
+            self.wfile.write(said[self.path].encode())
 
-    with HTTPServer(("127.0.0.1", 0), Exporter) as server:
+    async def look() -> None:
+        monkeypatch.setattr(neighbours, "SILENT_FOR_S", 0.0)
+        asked = neighbours.Neighbours(url, url)
+        for path, gone in (("/metrics", "gpus"), ("/api/v1/alerts", "alerts")):
+            for rubbish in ("<html>", "gpu_info{gpu=", '{"data": []}', "[]", '{"data": {"alerts": [{}]}}'):
+                said.update(good)
+                await asked.look()
+                assert asked.gpus
+                assert asked.alerts
+                said[path] = rubbish
+                await asked.look()
+                assert not getattr(asked, gone)
+                assert asked.alerts if path == "/metrics" else asked.gpus
+        await asked.close()
+
+    with HTTPServer(("127.0.0.1", 0), Neighbour) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        start(stack, GPU_EXPORTER_URL=f"http://127.0.0.1:{server.server_port}")
-        headers = {"authorization": f"Bearer {stack.key}"}
-        wait_for(lambda: (httpx.get(stack.base + "/v1/status", headers=headers).json()["gpus"] or [{}])[0].get("name") == "A100",
-                 "the GPU seen")
+        url = f"http://127.0.0.1:{server.server_port}"
+        asyncio.run(look())
         server.shutdown()
-    assert len([line for line in stack.log("ledger") if line["level"] == "error"]) == 1
 
 
 def test_alerts_nobody_else_gets_are_log_lines(stack: Stack) -> None:

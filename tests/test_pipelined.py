@@ -148,6 +148,58 @@ def test_nobody_listens(tmp_path: Path) -> None:
     asyncio.run(ask("redis://127.0.0.1:1/0"))
 
 
+def test_whoever_leaves_leaves_a_frozen_redis_to_be_found_out(cache: Cache) -> None:
+    """Else what was asked piles up behind it."""
+    async def ask() -> None:
+        async with connected(cache) as redis:
+            await redis.ask("GET", "answer:a")
+            cache.process.send_signal(signal.SIGSTOP)
+            for _ in range(5):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(redis.ask("GET", "answer:a"), 0.1)
+            connection = redis._connection
+            assert connection is not None
+            assert isinstance(connection.broken, TimeoutError)
+            assert not connection._waiting
+
+    asyncio.run(ask())
+
+
+def test_a_command_that_cannot_be_written_shifts_no_reply(cache: Cache) -> None:
+    async def ask() -> None:
+        async with connected(cache) as redis:
+            await redis.ask("SET", "answer:a", "1")
+            with pytest.raises(UnicodeEncodeError):
+                await redis.ask("GET", "answer:\ud800")
+            assert await redis.ask("GET", "answer:a") == b"1"
+
+    asyncio.run(ask())
+
+
+def test_a_reply_in_pieces_and_another_database() -> None:
+    said: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for reply in (b"+OK\r\n", b"+OK\r\n", b"$5\r\nab\r\nc\r\n"):
+            said.append(await reader.read(1000))
+            for at in range(len(reply)):
+                writer.write(reply[at : at + 1])
+                await writer.drain()
+                await asyncio.sleep(0.001)
+        writer.close()
+
+    async def ask() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            redis = PipelinedRedis(f"redis://127.0.0.1:{port}/7", "u", "p", 1.0)
+            assert await redis.ask("GET", "a") == b"ab\r\nc"
+            await redis.aclose()
+            assert isinstance(await failure(redis.ask("GET", "a")), ConnectionError), "closed is closed"
+        assert [b"SELECT" in each for each in said] == [False, True, False]
+
+    asyncio.run(ask())
+
+
 def test_it_closes_while_somebody_waits(cache: Cache) -> None:
     async def ask() -> None:
         async with connected(cache) as redis:

@@ -45,6 +45,9 @@ class FakeLoader:
     async def unload(self, name: str) -> bool:
         return await self._do("unload", name)
 
+    async def names(self) -> set[str]:
+        return set(self.there)
+
     async def _do(self, verb: str, name: str) -> bool:
         self.asked.append((verb, name))
         await asyncio.sleep(self.slow.get(name, 0.0))
@@ -209,8 +212,11 @@ class TestLife:
 
                     await asyncio.sleep(0.1)
                     count()
-                    await asyncio.sleep(1.2)
-                    assert 2 <= count() <= 4, "it is said that it lives"
+                    await asyncio.sleep(1.6)
+                    assert 2 <= count() <= 5, "it is said that it lives"
+                    life.engine.in_flight = 9
+                    await asyncio.sleep(0.6)
+                    assert count() >= 5, "a busy one speaks each time"
                     for number in (1, 2, 3):
                         life.engine.in_flight = number
                         await life.until(lambda n=number: life.said()["in_flight"] == n, "told", 0.25)
@@ -342,6 +348,26 @@ class TestAdapters:
                 assert [verb for verb, _ in loader.asked].count("unload") == 3, "and then left alone"
 
         asyncio.run(live())
+
+    def test_a_load_that_ends_long_after_it_was_given_up_holds_no_slot(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """vLLM goes on loading what nobody waits for any more; its unload finds nothing, and then it is there."""
+        monkeypatch.setattr("services.worker.reconcile.LOOK_EVERY_S", 0.0)
+
+        async def compare() -> None:
+            loader = FakeLoader()
+
+            async def read() -> dict:
+                return {"x": msgspec.json.encode(Adapter("x", f"ftjob-{1:024x}", "base", "d", "o", 1))}
+
+            keeper = Reconciler(loader, read, Model("base", 1), Path("/a"), lambda _: None, 0.0)
+            await keeper.compare()
+            await asyncio.sleep(0.01)
+            loader.there.add("late")
+            await keeper.compare()
+            await asyncio.sleep(0.01)
+            assert loader.there == {"x"}
+
+        asyncio.run(compare())
 
     def test_it_is_unloaded_only_after_gateways_have_heard(self) -> None:
         async def compare() -> None:

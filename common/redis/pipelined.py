@@ -22,6 +22,7 @@ class PipelinedRedis:
         self._at, self._login, self._timeout_s = parse_url(url), (username, password), timeout_s
         self._connecting = asyncio.Lock()
         self._connection: _Connection | None = None
+        self._closed = False
 
     async def ask(self, *command: str | bytes | int) -> Any:
         """A command's reply, strings as bytes. Raises RedisError for an error reply, OSError when redis is away."""
@@ -31,7 +32,8 @@ class PipelinedRedis:
         return await self._connection.ask(command)
 
     async def aclose(self) -> None:
-        """Close the connection; what waits fails."""
+        """Close the connection, for good; what waits fails."""
+        self._closed = True
         if self._connection is not None:
             self._connection.abort(ConnectionError("closed"))
 
@@ -39,6 +41,8 @@ class PipelinedRedis:
         async with asyncio.timeout(self._timeout_s), self._connecting:
             if self._connection is not None and self._connection.broken is None:
                 return  # somebody else was first
+            if self._closed:
+                raise ConnectionError("closed")
             at, loop = self._at, asyncio.get_running_loop()
             make = lambda: _Connection(self._timeout_s)  # noqa: E731 - asyncio wants a factory
             if "path" in at:
@@ -54,6 +58,8 @@ class PipelinedRedis:
                 connection.abort(ConnectionError("not logged in"))
                 raise
             self._connection = connection
+            if self._closed:
+                connection.abort(ConnectionError("closed"))
 
 
 class _Connection(asyncio.Protocol):
@@ -63,7 +69,9 @@ class _Connection(asyncio.Protocol):
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader(protocolError=InvalidResponse, replyError=ResponseError)
-        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()
+        """Whoever waits for a reply, and until when."""
+        self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.WriteTransport | None = None
         self.broken: Exception | None = None
         """Why it can not be used any more."""
@@ -74,22 +82,21 @@ class _Connection(asyncio.Protocol):
             raise self.broken
         assert self._transport is not None  # noqa: S101 - connected
         future = self._loop.create_future()
-        self._waiting.append(future)
         self._transport.write(hiredis.pack_command(command))  # type: ignore[arg-type]  # its stub knows tuples of one only
-        timer = self._loop.call_later(self._timeout_s, self._late, future)
-        try:
-            return await future
-        finally:
-            timer.cancel()
+        self._waiting.append((future, self._loop.time() + self._timeout_s))  # not before it could be written
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._timeout_s, self._look_late)
+        return await future
 
     def abort(self, reason: Exception) -> None:
         """Everybody who waits hears why."""
         if self.broken is None:
             self.broken = reason
         while self._waiting:
-            future = self._waiting.popleft()
+            future, _ = self._waiting.popleft()
             if not future.done():  # else whoever asked has left
                 future.set_exception(self.broken)
+        self._no_timer()
         if self._transport is not None:
             self._transport.abort()
 
@@ -97,13 +104,13 @@ class _Connection(asyncio.Protocol):
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.abort(exc or ConnectionError("redis closed the connection"))
+        self.abort(ConnectionError(f"redis closed the connection: {exc}" if exc else "redis closed the connection"))
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
         try:
             while (reply := self._reader.gets()) is not False:
-                future = self._waiting.popleft()
+                future, _ = self._waiting.popleft()
                 if future.done():
                     continue
                 if isinstance(reply, Exception):
@@ -112,7 +119,21 @@ class _Connection(asyncio.Protocol):
                     future.set_result(reply)
         except (InvalidResponse, IndexError) as error:  # no redis, or more replies than commands
             self.abort(ConnectionError(f"redis talks nonsense: {error}"))
+        if not self._waiting:
+            self._no_timer()
 
-    def _late(self, future: "asyncio.Future[Any]") -> None:
-        if not future.done():
+    def _look_late(self) -> None:
+        """Whether the first of those who wait has waited too long, though nobody may be there to hear it."""
+        self._timer = None
+        if not self._waiting:
+            return
+        left_s = self._waiting[0][1] - self._loop.time()
+        if left_s <= 0:
             self.abort(TimeoutError(f"redis took longer than {self._timeout_s:g} s"))
+        else:
+            self._timer = self._loop.call_later(left_s, self._look_late)
+
+    def _no_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -86,7 +87,7 @@ async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
         asyncio.create_task(work)
         for work in (
             feed.run(), repeat("tending", look_after.once, 1.0),
-            repeat("the pace of batches", lambda: load.look(batches.in_flight), LOOK_EVERY_S),
+            repeat("the pace of batches", lambda: load.look(lambda: batches.in_flight), LOOK_EVERY_S),
         )
     ]
     logger.info("jobs service up")
@@ -100,20 +101,26 @@ async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
         await redis.aclose()
 
 
+SWEEP_EVERY_S, SWEEP_AGAIN_S = 3600.0, 60.0
+
+
 class Tending:
     """Forgets silent workers; once an hour removes what crashes left on the volume."""
 
     def __init__(self, feed: Feed, table: WorkerTable, files: Files) -> None:
         self._feed, self._table, self._files = feed, table, files
-        self._seconds = 0
+        self._sweep_at = 0.0
 
-    async def once(self) -> None:
-        """What is due; call it every second. Raises RedisError."""
+    async def once(self) -> bool:
+        """What is due, every second; whether redis was asked. Raises RedisError, OSError."""
         self._table.tend(connected=self._feed.connected)
-        if self._feed.connected:
-            self._seconds += 1
-            if self._seconds % 3600 == 2 and (removed := await self._files.sweep()):
-                logger.info("removed files without a record", count=removed)
+        if not self._feed.connected or time.monotonic() < self._sweep_at:
+            return False
+        self._sweep_at = time.monotonic() + SWEEP_AGAIN_S
+        if removed := await self._files.sweep():
+            logger.info("removed files without a record", count=removed)
+        self._sweep_at = time.monotonic() + SWEEP_EVERY_S
+        return True
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:

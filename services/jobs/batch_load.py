@@ -1,5 +1,6 @@
 """What `BatchLimit` is told: the workers' reports, and the TTFT of everybody who is no batch, from the usage stream."""
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -29,7 +30,7 @@ class BatchLoad:
         """Whether one more batch request may start now."""
         return self.limit.room(in_flight, self._interactive)
 
-    async def look(self, in_flight: int) -> None:
+    async def look(self, in_flight: Callable[[], int]) -> None:
         """Every LOOK_EVERY_S; `in_flight` counts our own requests. Raises RedisError: the last pace stays."""
         if self._last == "$":
             self.limit.learn(await self._history())
@@ -39,7 +40,7 @@ class BatchLoad:
         if not self._beside:
             self.limit.learn(ttfts)
         self.limit.look(slots=sum(beat.slots for beat in beats), interactive=self._interactive, ttfts_s=ttfts)
-        self._beside = in_flight > 0
+        self._beside = in_flight() > 0
 
     async def _history(self) -> list[float]:
         """TTFTs before we came."""

@@ -1,7 +1,8 @@
 """What the ledger asks of others for its status: GPUs and host of the exporter, firing alerts of Prometheus."""
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import httpx
 from loguru import logger
@@ -12,6 +13,7 @@ SILENT_FOR_S = 15.0
 """How long one that did not answer is left alone: looking up a name that does not exist holds a thread for seconds."""
 TIMEOUT_S = 1.0
 
+T = TypeVar("T")
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 
@@ -73,27 +75,22 @@ class Neighbours:
         self.alerts: list[dict[str, str]] | None = None
 
     async def look(self) -> None:
-        """Ask them. Raises what an answer that cannot be read leads to."""
-        text = await self._get(self._gpu_exporter_url, "/metrics")
-        self.gpus = self.host = None
-        if text is not None:
-            samples = read_samples(text.text)
-            self.gpus, self.host = gpus(samples), host(samples)
-        answer = await self._get(self._prometheus_url, "/api/v1/alerts")
-        self.alerts = None
-        if answer is not None:
-            self.alerts = _alerts(answer.json())
+        """Ask them."""
+        seen = await self._ask(self._gpu_exporter_url, "/metrics", _machine)
+        self.gpus, self.host = seen if seen is not None else (None, None)
+        self.alerts = await self._ask(self._prometheus_url, "/api/v1/alerts", _alerts)
 
     async def close(self) -> None:
         """Give the connections back."""
         await self._http.aclose()
 
-    async def _get(self, base: str, path: str) -> httpx.Response | None:
+    async def _ask(self, base: str, path: str, read: Callable[[httpx.Response], T]) -> T | None:
+        """An answer as `read` makes it; None when there is none, or none that can be read."""
         if not base or self._silent_until.get(base, 0.0) > time.monotonic():
             return None
         try:
-            answer = (await self._http.get(base + path)).raise_for_status()
-        except httpx.HTTPError as error:
+            answer = read((await self._http.get(base + path)).raise_for_status())
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError, AttributeError) as error:
             if base not in self._silent_until:
                 logger.warning("does not answer; the status goes on without it", url=base, error=type(error).__name__)
             self._silent_until[base] = time.monotonic() + SILENT_FOR_S
@@ -103,7 +100,13 @@ class Neighbours:
         return answer
 
 
-def _alerts(answer: dict[str, Any]) -> list[dict[str, str]]:
+def _machine(answer: httpx.Response) -> tuple[list[dict[str, object]], dict[str, float | None]]:
+    """GPUs and host."""
+    samples = read_samples(answer.text)
+    return gpus(samples), host(samples)
+
+
+def _alerts(answer: httpx.Response) -> list[dict[str, str]]:
     """Alerts that are not silent by design, the firing first."""
     found = [
         {
@@ -111,7 +114,7 @@ def _alerts(answer: dict[str, Any]) -> list[dict[str, str]]:
             "severity": alert["labels"].get("severity", ""), "since": alert["activeAt"],
             "summary": alert["annotations"].get("summary", ""), "runbook": alert["annotations"].get("runbook_url", ""),
         }
-        for alert in answer["data"]["alerts"]
+        for alert in answer.json()["data"]["alerts"]
         if alert["labels"].get("severity") != "none"
     ]  # fmt: skip
     return sorted(found, key=lambda alert: (alert["state"] != "firing", alert["name"]))

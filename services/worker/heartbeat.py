@@ -18,7 +18,8 @@ from services.worker.engines.base import Engine, EngineSilent
 
 NUMBERS_EVERY_S = 1.0
 TOLD_ANYWAY_S = 0.5
-"""A heartbeat that says nothing new is told this often: gateways and redis hear that the worker lives."""
+"""An idle worker that has nothing new to say is heard this often. A busy one speaks each time: until then what gateways
+count as sent since is wrong."""
 STOPPING_TTL_MS = 20_000
 """How long the engine may take to stop before gateways count what it ran as lost."""
 
@@ -84,12 +85,13 @@ class Heart:
         return "stalled" if silent or stuck else "ready"
 
     async def tell(self, state: State, *, news_only: bool = False) -> None:
-        """One heartbeat; with `news_only` none that says what the last one said, unless that is TOLD_ANYWAY_S ago."""
+        """One heartbeat; with `news_only` an idle worker is silent until it has news, for at most TOLD_ANYWAY_S."""
         if state != self.beat.state:
             logger.info("worker state", worker=self.beat.id, was=self.beat.state, now=state)
             self.beat.state = state
         raw = msgspec.json.encode(self.beat).decode()
-        if news_only and raw == self._told and time.monotonic() - self._told_at < TOLD_ANYWAY_S:
+        lately = time.monotonic() - self._told_at < TOLD_ANYWAY_S
+        if news_only and self.beat.in_flight == 0 and raw == self._told and lately:
             return
         self._told = ""  # until it is told
         try:

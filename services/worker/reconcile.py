@@ -5,6 +5,7 @@ registry any more is first no longer announced, then unloaded, and tried again u
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from hashlib import blake2b
@@ -14,10 +15,12 @@ from typing import Any
 from common.adapters import Adapter, read_registry
 from common.tasks import end_tasks, repeat
 from common.workers import Model
-from services.worker.engines.base import AdapterLoader
+from services.worker.engines.base import AdapterLoader, EngineSilent
 
 EVERY_S = 1.0
 RETRY_S = 10.0
+LOOK_EVERY_S = 30.0
+"""Between two looks at what the engine has: a load that was given up may end well long after its unload."""
 AT_ONCE = 4
 
 Registry = Callable[[], Awaitable[dict[Any, Any]]]
@@ -40,6 +43,7 @@ class Reconciler:
         """Loads that failed, or seemed to: one that timed out may be there all the same."""
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._not_before: dict[str, float] = {}
+        self._looked_at = time.monotonic()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -59,6 +63,10 @@ class Reconciler:
             self._not_before[name] = time.monotonic() + self._quiet_s
         self._leaving |= self._doubtful - wanted.keys()
         self._doubtful &= wanted.keys()
+        if time.monotonic() - self._looked_at >= LOOK_EVERY_S:
+            self._looked_at = time.monotonic()
+            with contextlib.suppress(EngineSilent):
+                self._leaving |= await self._loader.names() - wanted.keys() - self._busy.keys()
         for name in sorted(self._leaving):
             self._begin(name, self._unload(name))
         for name, adapter in wanted.items():

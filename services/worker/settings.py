@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.settings import StateSettings, read_secret
+from common.settings import CACHE_URL, StateSettings, read_secret
 
 
 class WorkerSettings(StateSettings):
@@ -35,7 +35,7 @@ class WorkerSettings(StateSettings):
     adapters_dir: Path | None = Field(None, description="published LoRA adapters; unset: none can be served")
     max_loras: int = Field(4, ge=1, description="different adapters in one engine step")
     kv_tier: Literal["redis", "off"] = Field("off", description="redis: share KV blocks through redis-cache")
-    cache_redis_url: str = Field("", pattern=r"^((redis|rediss|unix)://.*)?$", description="redis-cache")
+    cache_redis_url: str = Field("", pattern=CACHE_URL, description="redis-cache")
     kv_secret_file: Path | None = None
     answer_secret_file: Path | None = Field(None, description="keys the checksums of answers; unset: none are kept")
     kv_host_gib: float = Field(0.5, gt=0, description="host memory between the engine's KV blocks and redis-cache")

@@ -70,6 +70,9 @@ class AdapterLoader(Protocol):
     async def unload(self, name: str) -> bool:
         """Whether it is gone now."""
 
+    async def names(self) -> set[str]:
+        """Those that are there. Raises EngineSilent."""
+
 
 class Engine(Protocol):
     """One engine. Methods that ask it raise EngineSilent."""

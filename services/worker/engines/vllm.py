@@ -107,6 +107,9 @@ class _VllmAdapters:
     async def unload(self, name: str) -> bool:
         return await self._ask("unload", {"lora_name": name}, done_already="cannot be found")
 
+    async def names(self) -> set[str]:
+        return {entry.id for entry in await listed(self._http) if entry.parent is not None}
+
     async def _ask(self, verb: str, body: dict[str, str], done_already: str) -> bool:
         log = logger.bind(verb=verb, adapter=body["lora_name"])
         started = time.monotonic()
