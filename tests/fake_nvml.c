@@ -4,6 +4,7 @@
  *   devices 2       util0 57        mem_used0 1000     power0 250000 (mW)    mig1 2 (MIG devices of GPU 1)
  *   fail:nvmlDeviceGetPowerUsage 3  that call returns 3 (NVML_ERROR_NOT_SUPPORTED)
  *   hang 1          every call sleeps while this is so
+ *   lost1 1         GPU 1 fell off the bus
  *   xid0 79         the next event is this XID of GPU 0; given out once per value
  *
  * Handles are small integers: GPU i is i + 1, its MIG device m is 100 * (i + 1) + m + 1. */
@@ -12,7 +13,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { OK = 0, INVALID = 2, UNSUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7, TIMEOUT = 10 };
+enum { OK = 0, INVALID = 2, UNSUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7, TIMEOUT = 10, LOST = 15 };
 typedef unsigned long long u64;
 typedef unsigned int u32;
 
@@ -45,8 +46,8 @@ const char *nvmlErrorString(int code) { return code == 9 ? "Driver Not Loaded" :
 int nvmlSystemGetDriverVersion(char *text, u32 size) { BEGIN; snprintf(text, size, "590.1"); return OK; }
 int nvmlDeviceGetCount_v2(u32 *count) { BEGIN; *count = (u32)value("devices", 1); return OK; }
 int nvmlDeviceGetHandleByIndex_v2(u32 index, void **handle) { BEGIN; *handle = (void *)(long)(index + 1); return OK; }
-int nvmlDeviceGetIndex(void *handle, u32 *index) { BEGIN; *index = (u32)((long)handle - 1); return OK; }
-int nvmlDeviceGetName(void *handle, char *text, u32 size) { (void)handle; BEGIN; snprintf(text, size, "NVIDIA A100-SXM4-80GB"); return OK; }
+int nvmlDeviceGetIndex(void *handle, u32 *index) { BEGIN; if (of("lost", (long)handle, 0)) return LOST; *index = (u32)((long)handle - 1); return OK; }
+int nvmlDeviceGetName(void *handle, char *text, u32 size) { BEGIN; if (of("lost", (long)handle, 0)) return LOST; snprintf(text, size, "NVIDIA A100-SXM4-80GB"); return OK; }
 int nvmlDeviceGetUUID(void *handle, char *text, u32 size) { BEGIN; snprintf(text, size, "GPU-%ld", (long)handle); return OK; }
 int nvmlDeviceGetUtilizationRates(void *handle, u32 *rates) {
     BEGIN;
@@ -73,6 +74,7 @@ NUMBER(nvmlDeviceGetPcieReplayCounter, u32, "replays", 0)
 NUMBER(nvmlDeviceGetMaxMigDeviceCount, u32, "mig_slots", 7)
 struct temperature { u32 version, sensor; int celsius; };
 int nvmlDeviceGetTemperatureV(void *handle, struct temperature *out) { BEGIN; out->celsius = (int)of("heat", (long)handle, 55); return OK; }
+int nvmlDeviceGetTemperature(void *handle, u32 sensor, u32 *out) { (void)sensor; BEGIN; *out = (u32)of("heat", (long)handle, 55) + 1; return OK; }
 int nvmlDeviceGetTemperatureThreshold(void *handle, u32 kind, u32 *out) { (void)handle; BEGIN; *out = kind == 0 ? 92 : 89; return OK; }
 int nvmlDeviceGetClockInfo(void *handle, u32 kind, u32 *mhz) { BEGIN; *mhz = kind == 1 ? (u32)of("clock", (long)handle, 1410) : 1593; return OK; }
 int nvmlDeviceGetMaxClockInfo(void *handle, u32 kind, u32 *mhz) { (void)handle; BEGIN; *mhz = kind == 1 ? 1410 : 1593; return OK; }

@@ -107,6 +107,28 @@ def test_xid_errors_by_code(exporter: Exporter) -> None:
     assert exporter.value("gpu_xid_errors_total", gpu="1", xid="79") == 1
 
 
+def test_one_lost_gpu_hides_neither_the_others_nor_its_xid(exporter: Exporter) -> None:
+    """XID 79 says that a GPU fell off the bus: whoever asks that GPU for its number hears nothing (E1)."""
+    exporter.set(devices=2)
+    wait_for(lambda: exporter.value("gpu_power_watts", gpu="1"), "both")
+    exporter.set(devices=2, lost1=1, xid1=79)
+    wait_for(lambda: exporter.value("gpu_xid_errors_total", gpu="1", xid="79") == 1, "XID 79")
+    assert exporter.value("gpu_lost", gpu="1") == 1
+    assert exporter.value("gpu_power_watts", gpu="0") == 250
+    assert exporter.value("gpu_power_watts", gpu="1") is None
+    assert exporter.value("gpu_nvml_up") == 1
+    exporter.set(devices=2, lost0=1, lost1=1, xid0=79, xid1=79)
+    wait_for(lambda: exporter.value("gpu_nvml_up") == 0, "down")
+    assert exporter.value("gpu_xid_errors_total", gpu="0", xid="79") == 1
+    assert exporter.value("gpu_xid_errors_total", gpu="1", xid="79") == 1
+
+
+def test_a_driver_before_r570_has_another_call_for_the_temperature(exporter: Exporter) -> None:
+    exporter.set(fail__nvmlDeviceGetTemperatureV=13)
+    wait_for(lambda: exporter.value("gpu_temperature_celsius", gpu="0") == 56, "the older call's answer")
+    assert exporter.value("gpu_nvml_errors_total", call="temperature") is None
+
+
 def test_a_driver_that_goes_and_comes_back(exporter: Exporter) -> None:
     wait_for(lambda: exporter.value("gpu_nvml_up") == 1, "up")
     exporter.set(fail__nvmlDeviceGetUtilizationRates=15)  # GPU is lost

@@ -43,9 +43,8 @@ class Exporter:
             threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
 
     def _gpus(self) -> None:
-        said = ""
+        said, nvml = "", Nvml(self._count_failure)
         while True:
-            nvml = Nvml(self._count_failure)
             try:
                 nvml.open()
                 logger.info("NVML answers")
@@ -63,7 +62,7 @@ class Exporter:
                 logger.exception("sampling failed")
             nvml.close()
             self._up.set(0)
-            self._shown.put("gpu", ())
+            self._shown.put("gpu", nvml.last_words())
             self._sampled_at = time.monotonic()
             time.sleep(min(RETRY_S, 5 * self._settings.sample_every_s))
 

@@ -4,6 +4,7 @@ NVML's units become base units: ratio, bytes, watts, joules, hertz, seconds. Not
 that a driver that hangs holds up nothing but the next sample.
 """
 
+import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -36,7 +37,7 @@ VIOLATIONS = {
 }
 """`nvmlDeviceGetViolationStatus` counts throttled time itself, so nothing is missed between samples."""
 _UNSUPPORTED = (n.NVML_ERROR_NOT_SUPPORTED, n.NVML_ERROR_FUNCTION_NOT_FOUND, n.NVML_ERROR_NO_PERMISSION)
-_LOST = (n.NVML_ERROR_GPU_IS_LOST, n.NVML_ERROR_UNINITIALIZED, n.NVML_ERROR_RESET_REQUIRED)
+_LOST = (n.NVML_ERROR_GPU_IS_LOST, n.NVML_ERROR_RESET_REQUIRED)
 Handle = Any
 T = TypeVar("T")
 
@@ -45,8 +46,12 @@ class Unreachable(Exception):
     """There is no NVML to talk to; its text says why."""
 
 
+class GpuLost(Exception):
+    """One GPU does not answer any more; the others may."""
+
+
 class Nvml:
-    """An open NVML. Raises Unreachable from `open` when there is no driver or no library.
+    """NVML, opened and closed as often as need be. `open` raises Unreachable without a driver or a library.
 
     `failed` hears of calls that failed, by call and error; of unsupported ones it does not.
     """
@@ -56,7 +61,8 @@ class Nvml:
         self.xids: Counter[tuple[str, str]] = Counter()
         """XID errors by (gpu, xid)."""
         self._events: Any = None
-        self._watched: dict[str, Handle] = {}
+        self._watched: dict[int | None, str] = {}
+        """Which GPU has a handle: one that is lost cannot be asked any more."""
 
     def open(self) -> None:
         """Load the library and start it."""
@@ -83,15 +89,31 @@ class Nvml:
             raise Unreachable(str(error)) from error
         driver = self._try("driver_version", n.nvmlSystemGetDriverVersion) or ""
         found.gauge("gpu_count", "GPUs the driver shows.", count)
+        lost = 0
         for index in range(count):
-            handle = self._try("handle", n.nvmlDeviceGetHandleByIndex, index)
-            if handle is not None:
-                self._device(found, str(index), handle, str(driver))
+            try:
+                handle = self._try("handle", n.nvmlDeviceGetHandleByIndex, index)
+                if handle is not None:
+                    self._device(found, str(index), handle, str(driver))
+            except GpuLost:
+                lost += 1
+                found.gauge("gpu_lost", "1: it fell off the bus, or needs a reset.", 1, gpu=str(index))
         self._hear_xids()
+        if lost and lost == count:
+            raise Unreachable("every GPU is lost")
+        self._show_xids(found)
+        return found
+
+    def last_words(self) -> Snapshot:
+        """What is known while there is nothing to sample."""
+        found = Snapshot()
+        self._show_xids(found)
+        return found
+
+    def _show_xids(self, found: Snapshot) -> None:
         for (gpu, xid), times in self.xids.items():
             found.counter("gpu_xid_errors", "XID errors by code: what they mean is in NVIDIA's XID catalogue.", times,
                           gpu=gpu, xid=xid)
-        return found
 
     def _device(self, found: Snapshot, gpu: str, handle: Handle, driver: str) -> None:
         get = self._try
@@ -133,6 +155,8 @@ class Nvml:
         energy = get("energy", n.nvmlDeviceGetTotalEnergyConsumption, handle)
         found.counter("gpu_energy_joules", "Energy used since the driver was loaded.", _over(energy, 1e3), gpu=gpu)
         heat = get("temperature", n.nvmlDeviceGetTemperatureV, handle, n.NVML_TEMPERATURE_GPU)
+        if heat is None:  # drivers before R570
+            heat = get("temperature", n.nvmlDeviceGetTemperature, handle, n.NVML_TEMPERATURE_GPU)
         found.gauge("gpu_temperature_celsius", "Temperature of the chip.", heat, gpu=gpu)
         for threshold, kind in (("shutdown", n.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN),
                                 ("slowdown", n.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN)):
@@ -187,9 +211,9 @@ class Nvml:
 
     def _watch(self, gpu: str, handle: Handle) -> None:
         """Ask the driver to tell of XID errors, once a GPU."""
-        if gpu in self._watched:
+        if gpu in self._watched.values():
             return
-        self._watched[gpu] = handle
+        self._watched[_address(handle)] = gpu
         if self._events is None:
             self._events = self._try("event_set", n.nvmlEventSetCreate)
         if self._events is not None:
@@ -205,19 +229,25 @@ class Nvml:
                 if error.value not in (n.NVML_ERROR_TIMEOUT, *_UNSUPPORTED):
                     self._failed("event_wait", _name(error))
                 return
-            index = self._try("event_index", n.nvmlDeviceGetIndex, event.device)
-            self.xids[str(index if index is not None else ""), str(event.eventData)] += 1
+            self.xids[self._watched.get(_address(event.device), ""), str(event.eventData)] += 1
 
     def _try(self, call: str, function: Callable[..., T], *args: object) -> T | None:
-        """The call's answer; None when it is not supported or fails. Raises Unreachable when the GPU is gone."""
+        """The call's answer; None when it is not supported or fails. Raises GpuLost, or Unreachable for all of them."""
         try:
             return function(*args)
         except n.NVMLError as error:
             if error.value not in _UNSUPPORTED:
                 self._failed(call, _name(error))
             if error.value in _LOST:
+                raise GpuLost(str(error)) from error
+            if error.value == n.NVML_ERROR_UNINITIALIZED:
                 raise Unreachable(str(error)) from error
             return None
+
+
+def _address(handle: Handle) -> int | None:
+    """What a handle points at: the same for all handles of a GPU."""
+    return ctypes.cast(handle, ctypes.c_void_p).value
 
 
 def _over(value: float | None, by: float) -> float | None:
