@@ -1,12 +1,15 @@
 """Who is asking: a bearer key checked against redis once, then from memory.
 
 Answers are remembered by the key's digest for CACHE_S, refusals too, and forgotten at once when the key is
-revoked (`keys` channel). While redis is away, a key that was good stays good for at most GRACE_S.
+revoked (`keys` channel). A key in use is looked up again beside its requests, never before them, and by one of them for
+all. While redis is away, a key that was good stays good for at most GRACE_S.
 """
 
+import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from hashlib import sha256
 from hmac import compare_digest
 from typing import NamedTuple
@@ -23,6 +26,8 @@ CACHE_S = 30.0
 GRACE_S = 3600.0
 RETRY_S = 2.0
 """How long a key lives on without asking again, while redis does not answer."""
+STALE_S = 300.0
+"""A key that was not seen for so long is looked up before its request."""
 MAX_CACHED = 20_000
 HOUSE = "owngpt"
 """Whose requests nobody else pays for: no key has this id."""
@@ -44,24 +49,32 @@ class Authenticator:
         self._service = f"Bearer {service_token}".encode() if service_token else None
         self._clock = clock
         self._cache: OrderedDict[bytes, _Known] = OrderedDict()
+        self._refused: OrderedDict[bytes, float] = OrderedDict()
+        """Until when; apart from the good ones, which no flood of made-up keys may push out."""
+        self._asking: dict[bytes, asyncio.Task[ApiKey]] = {}
         self._owners: OrderedDict[str, _Known] = OrderedDict()
         self._revocations = 0
 
     def cached(self, header: bytes) -> ApiKey | None:
         """The key behind a header when it is known to be good, without awaiting anything."""
-        known = self._cache.get(sha256(header).digest())
-        return known.record if known is not None and known.fresh_until > self._clock() else None
+        digest = sha256(header).digest()
+        known = self._cache.get(digest)
+        if known is None:
+            return None
+        if known.fresh_until <= (now := self._clock()):
+            if not known.fresh_until or known.verified_at + STALE_S < now:
+                return None
+            self._ask(header, digest)
+        return known.record
 
     async def check(self, header: bytes) -> ApiKey:
         """The key behind a header. Raises Unauthorized, or Unavailable when nobody can tell."""
+        if (key := self.cached(header)) is not None:
+            return key
         digest = sha256(header).digest()
-        known = self._cache.get(digest)
-        now = self._clock()
-        if known is None or known.fresh_until <= now:
-            known = await self._ask(header, digest, known)
-        if known.record is None:
+        if self._refused.get(digest, 0.0) > self._clock():
             raise Unauthorized
-        return known.record
+        return await asyncio.shield(self._ask(header, digest))  # whoever leaves must not end it for the others
 
     def is_service(self, header: bytes) -> bool:
         """Whether one of our own services asks, in the name of a key's owner."""
@@ -97,21 +110,38 @@ class Authenticator:
             return known._replace(fresh_until=self._clock() + RETRY_S)
         return _Known(now + CACHE_S, now, msgspec.json.decode(raw, type=ApiKey) if raw is not None else None)
 
-    async def _ask(self, header: bytes, digest: bytes, known: _Known | None) -> _Known:
+    def _ask(self, header: bytes, digest: bytes) -> "asyncio.Task[ApiKey]":
+        """Look a key up, once for all who want to know."""
+        task = self._asking.get(digest)
+        if task is None:
+            task = self._asking[digest] = asyncio.create_task(self._verify(header, digest))
+            task.add_done_callback(partial(self._asked, digest))
+        return task
+
+    def _asked(self, digest: bytes, task: "asyncio.Task[ApiKey]") -> None:
+        del self._asking[digest]
+        if not task.cancelled():
+            task.exception()  # nobody may be waiting for it
+
+    async def _verify(self, header: bytes, digest: bytes) -> ApiKey:
         scheme, _, token = header.decode("latin-1").partition(" ")
         key_id = key_id_of(token.strip()) if scheme.lower() == "bearer" else None
         if key_id is None:
             raise Unauthorized
         revocations = self._revocations
-        found = await self._look_up(key_id, known)
-        if found.record is not None and not matches(token.strip(), found.record):
-            found = found._replace(record=None)
+        found = await self._look_up(key_id, self._cache.get(digest))
+        if found.record is None or not matches(token.strip(), found.record):
+            self._cache.pop(digest, None)
+            self._refused[digest] = found.fresh_until
+            if len(self._refused) > MAX_CACHED:
+                self._refused.popitem(last=False)
+            raise Unauthorized
         if revocations == self._revocations:  # else it may be this one that was revoked meanwhile
             self._cache[digest] = found
             self._cache.move_to_end(digest)
-            while len(self._cache) > MAX_CACHED:
+            if len(self._cache) > MAX_CACHED:
                 self._cache.popitem(last=False)
-        return found
+        return found.record
 
     def forget(self, key_id: str) -> None:
         """Drop what is remembered of a key: it was revoked."""
@@ -123,6 +153,7 @@ class Authenticator:
     def distrust(self) -> None:
         """Ask redis again for every key at its next use: a revocation may have been missed."""
         self._revocations += 1
+        self._refused.clear()
         for digest, known in self._cache.items():
             self._cache[digest] = known._replace(fresh_until=0.0)
         for key_id, known in self._owners.items():
