@@ -1,7 +1,7 @@
-"""Every error a client can see, in OpenAI's JSON shape.
+"""Every error a client can see, in OpenAI's JSON shape, or Anthropic's on Anthropic's routes.
 
 Knows the texts, types and codes. Does not know HTTP servers: the edge turns an `ApiError` into a response.
-Shape: https://platform.openai.com/docs/guides/error-codes
+Shapes: https://platform.openai.com/docs/guides/error-codes and https://docs.claude.com/en/api/errors
 """
 
 import msgspec
@@ -112,10 +112,17 @@ class GatewayTimeout(ApiError):
     code = "upstream_timeout"
 
 
-def encode(error: ApiError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Status, headers and body of an error response."""
+_ANTHROPIC_ROUTES = frozenset({"messages", "count_tokens"})
+_ANTHROPIC_TYPES = {
+    401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def encode(error: ApiError, route: str = "") -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body of an error response on a route (its label in `common.routes`)."""
     return encode_parts(
-        error.status, error.message, error.type, error.param, error.code, error.retry_after_s
+        error.status, error.message, error.type, error.param, error.code, error.retry_after_s, route=route
     )
 
 
@@ -126,9 +133,15 @@ def encode_parts(
     param: str | None = None,
     code: str | None = None,
     retry_after_s: int | None = None,
+    *,
+    route: str = "",
 ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     """The one place that knows how an error looks on the wire."""
-    body = msgspec.json.encode({"error": {"message": message, "type": type_, "param": param, "code": code}})
+    said: dict[str, object] = {"error": {"message": message, "type": type_, "param": param, "code": code}}
+    if route in _ANTHROPIC_ROUTES:
+        kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+        said = {"type": "error", "error": {"type": kind, "message": message}}
+    body = msgspec.json.encode(said)
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
@@ -136,6 +149,6 @@ def encode_parts(
     ]
     if retry_after_s is not None:
         headers.append((b"retry-after", str(retry_after_s).encode()))
-    elif status in (409, 500, 502):
+    elif status in (409, 500, 502, 504):
         headers.append((b"x-should-retry", b"false"))
     return status, headers, body

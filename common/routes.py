@@ -6,6 +6,7 @@ ROUTES = {
     "/v1/completions": ("completions", ("prompt",)),
     "/v1/responses": ("responses", ("input",)),
     "/v1/messages": ("messages", ("messages",)),
+    "/v1/messages/count_tokens": ("count_tokens", ("messages",)),
     "/v1/embeddings": ("embeddings", ("input",)),
     "/tokenize": ("tokenize", ("prompt", "messages")),
     "/detokenize": ("detokenize", ()),

@@ -158,6 +158,9 @@ class WorkerTable:
                 logger.info("worker changed state", worker=beat.id, was=was.state, now=beat.state)
             if was.state != beat.state or was.models != beat.models or was.address != beat.address:
                 self._changed()
+            if was.models != beat.models:  # what it drops while it lives was deleted; what leaves with it may be back
+                dropped = {model.id for model in was.models} - known.names
+                self.known_models -= dropped - self.models().keys()
         self.known_models.update(model.id for model in beat.models)
 
     def expire(self) -> None:

@@ -71,13 +71,13 @@ class Gateway:
         try:
             await self._http(scope, receive, sending)
         except errors.ApiError as error:
-            await respond(Refuse(error, _label(scope)).response(), sending)
+            await respond(_refuse(error, scope).response(), sending)
         except Exception as error:  # a bug of ours: the client gets our words, the log gets the cause
             logger.exception("gateway failed", request_id=_label(scope), path=scope["path"])
             if sending.started:
                 raise
             said = errors.ApiError(f"The gateway failed ({type(error).__name__}).")
-            await respond(Refuse(said, _label(scope)).response(), sending)
+            await respond(_refuse(said, scope).response(), sending)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in ROUTES and self._edge is not None:
@@ -133,6 +133,10 @@ class Gateway:
             logger.info("gateway down", pid=os.getpid())
 
 
+def _refuse(error: errors.ApiError, scope: Scope) -> Refuse:
+    return Refuse(error, _label(scope), ROUTES.get(scope["path"], ("",))[0])
+
+
 def _label(scope: Scope) -> str:
     """The client's own request id, on errors that come before the path has looked at it."""
     found: bytes = dict(scope["headers"]).get(b"x-request-id", b"")
@@ -158,7 +162,7 @@ def open_answers(settings: Settings, store: Store, redis: Redis, metrics: Gatewa
 
     return Answers(
         store, is_running, metrics.answers, settings.answer_ttl_s, settings.answer_max_bytes,
-        settings.relay_read_timeout_s,
+        settings.read_timeout_s,
     )
 
 

@@ -16,7 +16,8 @@ MAX_DEATHS = 2
 """A request that was running on two workers when they died is not tried on a third."""
 
 TIMEOUT = 504
-
+FAILURES = (500, 502, 503, TIMEOUT)
+"""A worker's answers after which another one is asked; nginx' `error_page` says the same. 503: it took nothing on."""
 
 Reason = Literal[
     "refused",  # it did not take the request

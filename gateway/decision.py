@@ -35,10 +35,11 @@ class Refuse(NamedTuple):
 
     error: errors.ApiError
     request_id: str
+    route: str = ""
 
     def response(self) -> Response:
         """As the client sees it."""
-        status, headers, body = errors.encode(self.error)
+        status, headers, body = errors.encode(self.error, self.route)
         return Response(status, [*headers, (b"x-request-id", self.request_id.encode("latin-1"))], body)
 
 

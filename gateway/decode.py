@@ -14,7 +14,10 @@ from common.metering.usage import StreamOptions
 from common.routes import ROUTES
 
 RawJson = msgspec.Raw
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Count = Annotated[float, msgspec.Meta(ge=0, le=2**31 - 1, multiple_of=1)]
+"""A number of tokens, which some clients write as 100.0."""
+MAX_PROMPTS = 1024
+"""Prompts or texts in one request. Each is a request to the engine, and the gateway counts them as one."""
 
 
 class Ask(msgspec.Struct):
@@ -43,8 +46,17 @@ class Ask(msgspec.Struct):
         return bytes(self.messages or self.prompt or self.input)
 
 _decoder = msgspec.json.Decoder(Ask)
+_decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _FIELD = re.compile(r"\$\.([A-Za-z_][\w.]*)")
 _MISSING = re.compile(r"missing required field `(\w+)`")
+
+
+def _count(said: RawJson) -> int:
+    """How many prompts there are: an array of texts or of arrays of token ids, else one."""
+    if len(said) <= MAX_PROMPTS or bytes(said)[:1] != b"[":
+        return 1
+    items = _decode_items(said)
+    return len(items) if items and bytes(items[0])[:1] in (b'"', b"[") else 1
 
 
 def decode(path: str, body: bytes, max_n: int) -> Ask:
@@ -64,7 +76,7 @@ def decode(path: str, body: bytes, max_n: int) -> Ask:
         text = str(error)
         found = _MISSING.search(text) or _FIELD.search(text)
         field = found[1] if found else None
-        reason = text.split(" - at ")[0]
+        reason = text.split(" - at ")[0].replace("`float` that's a multiple of 1.0", "a whole number")
         raise InvalidRequest(f"{field or 'The body'}: {reason}.", param=field, code="invalid_value") from error
     except UnicodeDecodeError as error:
         raise InvalidRequest(
@@ -72,6 +84,9 @@ def decode(path: str, body: bytes, max_n: int) -> Ask:
         ) from error
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
+    for field, said in (("prompt", ask.prompt), ("input", ask.input)):
+        if (prompts := _count(said)) > MAX_PROMPTS:
+            raise InvalidRequest(f"{field}: {prompts} are over the limit of {MAX_PROMPTS} in one request.", param=field)
     for field, count in (("n", ask.n), ("best_of", ask.best_of)):
         if count is not None and count > max_n:
             raise InvalidRequest(f"{field}: {count} is over the limit of {max_n} (MAX_N).", param=field)

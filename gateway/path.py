@@ -259,10 +259,11 @@ class RequestPath:
 
     def _refused(self, path: str, request_id: str, batch: bool, error: errors.ApiError) -> Refuse:
         """Count an error, log it, and make it the decision."""
-        self._metrics.note(batch, ROUTES[path][0], str(error.status))
+        route = ROUTES[path][0]
+        self._metrics.note(batch, route, str(error.status))
         logger.log("WARNING" if error.status >= 500 else "INFO", "refused", request_id=request_id, path=path,
                    status=error.status, code=error.code)
-        return Refuse(error, request_id)
+        return Refuse(error, request_id, route)
 
     def again(self, relay: Relay, path: str, tried: Attempts) -> Decision:
         """After a relay's early failure: another worker, or an error."""

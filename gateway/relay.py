@@ -12,6 +12,7 @@ import aiohttp
 from common.asgi import Receive, Scope, Send
 from common.errors import GatewayTimeout, UpstreamFailed, encode_parts
 from common.metering.context import CONTEXT, TRACEPARENT
+from gateway.attempts import FAILURES, TIMEOUT
 from gateway.settings import Settings
 
 _PASSED = {b"content-type", b"x-request-id", CONTEXT, TRACEPARENT}
@@ -24,7 +25,7 @@ def open_session(settings: Settings) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=MAX_UPSTREAM_CONNECTIONS, keepalive_timeout=4),
         timeout=aiohttp.ClientTimeout(
-            total=None, sock_connect=settings.relay_connect_timeout_s, sock_read=settings.relay_read_timeout_s
+            total=None, sock_connect=settings.relay_connect_timeout_s, sock_read=settings.read_timeout_s
         ),
         auto_decompress=False,
     )
@@ -64,7 +65,9 @@ class Upstream:
         sent = stream = False
         try:
             async with self._session.post(self._url + scope["path"], data=body, headers=headers) as response:
-                if response.status >= 500:
+                if response.status == TIMEOUT:
+                    raise GatewayTimeout("The worker did not answer in time.")
+                if response.status in FAILURES:
                     raise UpstreamFailed(f"status {response.status}", ran=response.status != 503, answered=True)
                 stream = response.content_type == "text/event-stream"
                 start = {

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from common.settings import StateSettings, read_secret
+from common.settings import CACHE_URL, StateSettings, read_secret
 
 
 class Settings(StateSettings):
@@ -20,7 +20,7 @@ class Settings(StateSettings):
     service_token_file: Path
     cache_secret_file: Path
     answer_secret_file: Path
-    cache_redis_url: str = Field("", pattern=r"^((redis|rediss|unix)://.*)?$", description="redis-cache")
+    cache_redis_url: str = Field("", pattern=CACHE_URL, description="redis-cache")
     cache_scope: Literal["key", "all"] = Field("key", description="who shares cached answers and KV blocks")
     answer_cache: Literal["on", "off"] = "on"
     answer_ttl_s: int = Field(3600, ge=1, description="how long an answer is kept")
@@ -28,7 +28,7 @@ class Settings(StateSettings):
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     max_n: int = Field(16, ge=1)
     relay_connect_timeout_s: float = Field(2.0, gt=0)
-    relay_read_timeout_s: float = Field(600.0, gt=0)
+    read_timeout_s: float = Field(600.0, gt=0, description="longest silence of a worker on the relay")
     otlp_traces_endpoint: str = Field("", description="where traces go (OTLP over HTTP); empty: nobody traces")
     hold_back_s: int = Field(60, ge=1, description="how long a request that killed two workers is refused")
 

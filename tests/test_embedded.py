@@ -133,6 +133,9 @@ def test_completions_responses_messages_tokenize(up: Up) -> None:
     message = httpx.post(up.base + "/v1/messages", headers=headers, timeout=60, json={
         "model": MODEL, "max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]}).json()
     assert message["type"] == "message"
+    counted = httpx.post(up.base + "/v1/messages/count_tokens", headers=headers, timeout=60, json={
+        "model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}).json()
+    assert counted["input_tokens"] == message["usage"]["input_tokens"]
     tokens = httpx.post(up.base + "/tokenize", headers=headers, json={"model": MODEL, "prompt": "hello there"}).json()
     assert tokens["count"] == len(tokens["tokens"]) == 2
     text = httpx.post(up.base + "/detokenize", headers=headers, json={"model": MODEL, "tokens": tokens["tokens"]}).json()

@@ -43,8 +43,28 @@ def test_anthropic_style_key_header_works(shared: Stack) -> None:
     assert response.status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_anthropics_clients_get_errors_in_their_shape(shared: Stack, path: str) -> None:
+    """Ours, an engine's, and what is refused before anybody reads it (C7)."""
+    key = {"x-api-key": shared.key}
+    for fields, headers, status, kind in (
+        ({}, {}, 401, "authentication_error"),
+        ({"model": "none"}, key, 404, "not_found_error"),
+        ({"max_tokens": "ten"}, key, 400, "invalid_request_error"),
+        ({"messages": [{"role": "user", "content": "status 400"}]}, key, 400, "invalid_request_error"),
+        ({"messages": [{"role": "user", "content": "status 501"}]}, key, 501, "api_error"),
+    ):
+        answer = httpx.post(shared.base + path, json={**body("say 1", max_tokens=5), **fields}, headers=headers)
+        said = answer.json()
+        assert (answer.status_code, said["type"], said["error"]["type"]) == (status, "error", kind), answer.text
+        assert said["error"].keys() == {"type", "message"}
+    too_much = httpx.post(f"http://127.0.0.1:{shared.gateway_port}{path}", content=b"x" * 5_000_000, headers=key)
+    assert (too_much.status_code, too_much.json()["error"]["type"]) == (413, "request_too_large")
+
+
 @pytest.mark.parametrize(("fields", "param"), [
     ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
     ({"max_tokens": 10**30}, "max_tokens"),
     ({"max_tokens": "ten"}, "max_tokens"),
     ({"n": 0}, "n"),
@@ -218,7 +238,7 @@ def test_slow_loris_is_cut_and_others_are_served(shared: Stack) -> None:
         for connection in list(open_):
             connection.setblocking(False)
             try:
-                if connection.recv(4096) in (b"",) or True:
+                if connection.recv(4096) == b"":
                     open_.discard(connection)
             except BlockingIOError:
                 pass

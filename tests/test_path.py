@@ -250,6 +250,8 @@ def test_cors_only_for_the_origins_named(tmp_path, monkeypatch: pytest.MonkeyPat
         for origin, allowed in (("https://app.example", True), ("https://evil.example", False)):
             preflight = httpx.options(stack.base + CHAT, headers={"origin": origin})
             assert preflight.status_code == 204
+            assert preflight.headers.get("access-control-allow-headers") == ("Authorization, *" if allowed else None)
+            assert preflight.headers.get("access-control-max-age") == ("600" if allowed else None)
             with stack.client() as client:
                 answer = client.post(CHAT, json=body("say 1"), headers={"origin": origin})
                 refused = client.post(CHAT, json=body("x" * 5_000_000), headers={"origin": origin})
@@ -368,6 +370,20 @@ class TestRelay:
             with stack.client() as client, pytest.raises(httpx.ReadTimeout):
                 client.post(CHAT, json=body("slow 30"), timeout=0.5)
             assert stack.records(3)[2]["outcome"] == "cancelled"
+
+    @pytest.mark.parametrize(("edge", "options"), [("none", ()), ("nginx", ("--unmetered",)), ("nginx", ())])
+    def test_a_worker_that_takes_too_long_is_a_504_that_nobody_repeats(
+        self, tmp_path, monkeypatch: pytest.MonkeyPatch, edge: str, options: tuple[str, ...]
+    ) -> None:
+        """It was "The gateway is not running", and SDKs asked twice more (C1)."""
+        monkeypatch.setenv("READ_TIMEOUT_S", "1")
+        with running(tmp_path, edge=edge) as stack:
+            stack.add_worker("w1", *options)
+            with stack.client() as client:
+                answer = client.post(CHAT, json=body("slow 3"))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (504, "upstream_timeout")
+            assert answer.headers["x-should-retry"] == "false"
+            assert answer.headers["x-request-id"]
 
     def test_failover_and_poison(self, tmp_path) -> None:
         with running(tmp_path, edge="none") as stack:

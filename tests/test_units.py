@@ -23,7 +23,7 @@ from common.settings import read_secret
 from common.tasks import end_tasks
 from common.workers import Heartbeat, Model, Pool, Worker, WorkerTable
 from gateway import attempts, routing
-from gateway.decode import decode
+from gateway.decode import MAX_PROMPTS, decode
 from gateway.settings import Settings
 from services.gpu_exporter.settings import ExporterSettings
 from services.jobs.settings import JobsSettings
@@ -170,6 +170,21 @@ class TestTable:
             assert table.serving(f"nobody has {number}").workers == []
         assert len(table._pools) == 1, "names that clients make up are not kept"
 
+    def test_a_model_that_was_deleted_is_forgotten_one_that_went_with_its_worker_is_not(self) -> None:
+        """A deleted model answered 503 until the gateway was started again (B4)."""
+        def beat(name: str, *models: str, state: str = "ready") -> bytes:
+            return msgspec.json.encode(Heartbeat(name, f"{name}:1", state, [Model(m, 1) for m in models]))  # type: ignore[arg-type]
+
+        table = WorkerTable()
+        for name in "ab":
+            table.take(beat(name, "m", "ft:x", "ft:y"))
+        table.take(beat("a", "m", "ft:y"))
+        assert "ft:x" in table.known_models, "the other one still has it"
+        table.take(beat("b", "m"))
+        assert table.known_models == {"m", "ft:y"}
+        table.take(beat("a", "m", "ft:y", state="gone"))
+        assert "ft:y" in table.known_models, "its worker may be back"
+
     def test_load_never_leaks(self) -> None:
         table = WorkerTable()
         table.take(self.beat("a"))
@@ -239,6 +254,27 @@ class TestDecode:
         except InvalidRequest:
             return
         assert ask.model == document["model"]
+
+    def test_a_whole_number_may_be_written_as_100_0(self) -> None:
+        chat = '{"model":"m","messages":[],"max_tokens":%s}'
+        for said in ("100", "100.0", "1e2"):
+            assert decode("/v1/chat/completions", (chat % said).encode(), 16).max_tokens == 100
+        for said in ("1.5", "-1", '"x"', "1e99", "true"):
+            with pytest.raises(InvalidRequest, match="max_tokens"):
+                decode("/v1/chat/completions", (chat % said).encode(), 16)
+
+    @pytest.mark.parametrize(("path", "field"), [("/v1/completions", "prompt"), ("/v1/embeddings", "input")])
+    def test_one_request_floods_no_engine(self, path: str, field: str) -> None:
+        """300,000 prompts in 1.5 MB counted as one request (B11)."""
+        def ask(prompts: object) -> None:
+            decode(path, json.dumps({"model": "m", field: prompts}).encode(), 16)
+
+        for few in ("x" * 9000, ["x"] * MAX_PROMPTS, [[1, 2]] * MAX_PROMPTS, list(range(100_000)), [], "[" * 2000):
+            ask(few)
+        decode(path, b'{"model":"m","%s":[%s]}' % (field.encode(), b" " * 5000), 16)
+        for many in (["x"] * (MAX_PROMPTS + 1), [[1, 2]] * (MAX_PROMPTS + 1)):
+            with pytest.raises(InvalidRequest, match=f"{field}: {MAX_PROMPTS + 1} are over the limit"):
+                ask(many)
 
 
 def metered(
@@ -465,18 +501,21 @@ class TestEngineCommand:
 class TestRepeat:
     """What a program does beside its requests goes on whatever happens: else workers that died stay in the table."""
 
-    def rounds(self, *happens: Exception | None) -> list[str]:
+    def rounds(self, *happens: Exception | bool | None) -> list[str]:
         """What is logged while the work ends so, one time after the other."""
         said: list[str] = []
 
         async def live() -> None:
             left = list(happens)
 
-            async def work() -> None:
+            async def work() -> bool | None:
                 if not left:
                     done.set()
-                elif (error := left.pop(0)) is not None:
-                    raise error
+                    return None
+                happened = left.pop(0)
+                if isinstance(happened, Exception):
+                    raise happened
+                return happened
 
             done = asyncio.Event()
             task = asyncio.create_task(tasks.repeat("it", work, 0.001))
@@ -497,7 +536,26 @@ class TestRepeat:
         away = RedisError("away")
         assert self.rounds(None, None) == []
         assert self.rounds(RuntimeError("a bug"), None, RuntimeError("a bug")) == ["ERROR", "ERROR"]
+
+        async def broken() -> None:
+            cancelled = asyncio.get_running_loop().create_future()
+            cancelled.cancel()
+            await cancelled
+
+        async def live() -> None:
+            task = asyncio.create_task(tasks.repeat("it", broken, 0.001))
+            await asyncio.sleep(0.05)
+            assert not task.done(), "what it awaits was cancelled, not it"
+            await end_tasks([task])
+
+        asyncio.run(live())
         assert self.rounds(away, OSError("away"), None, None, away, None) == ["WARNING", "INFO", "WARNING", "INFO"]
+
+    def test_work_that_was_not_its_turn_is_no_sign_of_life(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It said "goes on" every other second while redis was away."""
+        monkeypatch.setattr(tasks, "RETRY_S", 0.001)
+        away = RedisError("away")
+        assert self.rounds(away, False, away, False, away, None, False) == ["WARNING", "INFO"]
 
     def test_a_failure_is_no_busy_loop(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tasks, "RETRY_S", 0.05)

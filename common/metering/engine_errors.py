@@ -5,6 +5,7 @@ import re
 import msgspec
 
 from common.errors import encode_parts
+from common.routes import ROUTES
 
 _PYDANTIC = re.compile(r"validation error.*?'loc': '([^']*)', 'msg': ['\"]([^'\"]*)", re.S)
 """The first problem in vLLM's list of pydantic errors; the rest repeats it for other message classes."""
@@ -32,18 +33,19 @@ def in_our_words(
 ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     """Status, headers and body for an engine's error."""
     message, param = _message(body)
+    route = ROUTES[path][0]
     if status >= 500:
         refused = status == 503
         return encode_parts(
             status, "The worker takes no more requests right now." if refused else "The worker failed.",
             "server_error", code="worker_refused" if refused else "worker_failed",
-            retry_after_s=1 if refused else None,
+            retry_after_s=1 if refused else None, route=route,
         )
     if not message or message in ("Not Found", "Method Not Allowed"):
         text = f"The model {model!r} does not support {path}."
-        return encode_parts(status, text, "invalid_request_error", code="unsupported_endpoint")
+        return encode_parts(status, text, "invalid_request_error", code="unsupported_endpoint", route=route)
     code = {404: "model_not_found", 422: "unprocessable"}.get(status, "invalid_value")
-    return encode_parts(status, message, "invalid_request_error", param, code)
+    return encode_parts(status, message, "invalid_request_error", param, code, route=route)
 
 
 def _message(body: bytes) -> tuple[str, str | None]:
