@@ -323,14 +323,17 @@ def test_kill_9_of_the_launcher_leaves_nothing_behind(up: Up) -> None:
     up.launcher.wait()
     wait_for(lambda: not alive(everything), f"all gone of {everything}", 45)
     again = Up(up.state, 1)
-    assert again.key == up.key
-    ready = next(line for line in (up.state / "logs/worker-1.log").read_text().splitlines() if '"engine ready"' in line)
-    engine_s = float(re.search(r'"after_s":([\d.]+)', ready)[1])
-    print(f"\nsecond start: {again.took_s:.1f} s, of which the engine {engine_s:.1f} s", flush=True)
-    assert again.took_s - engine_s < 3.0
-    everything = again.everything()
-    again.launcher.send_signal(signal.SIGINT)
-    assert again.launcher.wait(60) == 0
+    try:
+        assert again.key == up.key
+        ready = [line for line in (up.state / "logs/worker-1.log").read_text().splitlines() if '"engine ready"' in line][-1]
+        engine_s = float(re.search(r'"after_s":([\d.]+)', ready)[1])
+        # An installation or an unpacked model would take more than 15 s; 2 to 4 s is what the rest takes here.
+        assert again.took_s - engine_s < 8.0, f"second start: {again.took_s:.1f} s, of which the engine {engine_s:.1f} s"
+        everything = again.everything()
+    finally:
+        again.launcher.send_signal(signal.SIGINT)
+        ended = again.launcher.wait(60)
+    assert ended == 0
     wait_for(lambda: not alive(everything), f"all gone after Ctrl-C of {everything}", 10)
 
 
