@@ -62,7 +62,8 @@ class Authenticator:
         if known is None:
             return None
         if known.fresh_until <= (now := self._clock()):
-            if not known.fresh_until or known.verified_at + STALE_S < now:
+            looked_at = known.fresh_until - CACHE_S
+            if not known.fresh_until or looked_at + STALE_S < now or known.verified_at + GRACE_S < now:
                 return None
             self._ask(header, digest)
         return known.record
@@ -119,7 +120,8 @@ class Authenticator:
         return task
 
     def _asked(self, digest: bytes, task: "asyncio.Task[ApiKey]") -> None:
-        del self._asking[digest]
+        if self._asking.get(digest) is task:
+            del self._asking[digest]
         if not task.cancelled():
             task.exception()  # nobody may be waiting for it
 
@@ -146,6 +148,7 @@ class Authenticator:
     def forget(self, key_id: str) -> None:
         """Drop what is remembered of a key: it was revoked."""
         self._revocations += 1
+        self._asking.clear()  # who asks from now on takes no answer from before
         self._owners.pop(key_id, None)
         for digest in [d for d, known in self._cache.items() if known.record is not None and known.record.id == key_id]:
             del self._cache[digest]
@@ -154,6 +157,7 @@ class Authenticator:
         """Ask redis again for every key at its next use: a revocation may have been missed."""
         self._revocations += 1
         self._refused.clear()
+        self._asking.clear()
         for digest, known in self._cache.items():
             self._cache[digest] = known._replace(fresh_until=0.0)
         for key_id, known in self._owners.items():

@@ -125,6 +125,37 @@ def test_revoked_while_it_is_looked_up() -> None:
     run(steps)
 
 
+def test_whoever_asks_after_a_revocation_joins_no_look_from_before() -> None:
+    async def steps(desk: Desk) -> None:
+        desk.redis.open.clear()
+        before = asyncio.create_task(desk.auth.check(desk.header))
+        await desk.settle()
+        desk.auth.forget(desk.id)
+        after = asyncio.create_task(desk.auth.check(desk.header))
+        await desk.settle()
+        assert desk.redis.asked == 2
+        desk.redis.open.set()
+        await asyncio.gather(before, after)
+        assert not desk.auth._asking
+
+    run(steps)
+
+
+def test_redis_away_for_long_delays_no_key_in_use() -> None:
+    """After five minutes each request waited for the look that failed."""
+    async def steps(desk: Desk) -> None:
+        await desk.auth.check(desk.header)
+        desk.redis.away = True
+        for _ in range(int(auth.GRACE_S / 20) - 1):
+            desk.now += 20
+            assert desk.auth.cached(desk.header) is not None
+            await desk.settle()
+        desk.now += 60
+        assert desk.auth.cached(desk.header) is None, "but not for ever"
+
+    run(steps)
+
+
 def test_made_up_keys_push_out_no_good_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "MAX_CACHED", 10)
 

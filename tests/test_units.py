@@ -5,6 +5,7 @@ import json
 import os
 import re
 import time
+import tracemalloc
 from pathlib import Path
 
 import msgspec
@@ -272,7 +273,12 @@ class TestDecode:
         for few in ("x" * 9000, ["x"] * MAX_PROMPTS, [[1, 2]] * MAX_PROMPTS, list(range(100_000)), [], "[" * 2000):
             ask(few)
         decode(path, b'{"model":"m","%s":[%s]}' % (field.encode(), b" " * 5000), 16)
-        for many in (["x"] * (MAX_PROMPTS + 1), [[1, 2]] * (MAX_PROMPTS + 1)):
+        ask(['a "quoted", [and] \\escaped\\" text'] * MAX_PROMPTS)
+        tracemalloc.start()
+        decode(path, b'{"model":"m","%s":[%s1]}' % (field.encode(), b"1," * 1_000_000), 16)
+        assert tracemalloc.get_traced_memory()[1] < 20e6, "nothing is made of each number"
+        tracemalloc.stop()
+        for many in (["x"] * (MAX_PROMPTS + 1), [[1, 2]] * (MAX_PROMPTS + 1), ['\\"'] * (MAX_PROMPTS + 1)):
             with pytest.raises(InvalidRequest, match=f"{field}: {MAX_PROMPTS + 1} are over the limit"):
                 ask(many)
 
