@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loguru import logger
 from redis.exceptions import RedisError
@@ -345,6 +345,7 @@ class TestMetering:
         rest = body.split(b'"x":')[-1] if b'"x"' in body else b""
         assert rest.rstrip(b"}") in changed
 
+    @example([488], True, b"\r\n", False, False)  # between the last CR and its LF
     @settings(max_examples=200)
     @given(st.lists(st.integers(0, 600), max_size=12), st.booleans(), st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.booleans())
     def test_streams_of_any_engine(self, cuts: list[int], hide: bool, end: bytes, spaced: bool, tight: bool) -> None:

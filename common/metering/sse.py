@@ -24,7 +24,8 @@ class Whole:
             return chunk
         cut = 0
         for blank in _BLANK.finditer(chunk):
-            cut = blank.end()
+            if blank.end() < len(chunk) or not chunk.endswith(b"\r"):  # else its LF may be on its way
+                cut = blank.end()
         self._tail = chunk[cut:]
         return chunk[:cut]
 
