@@ -15,6 +15,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import BinaryIO
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROW_KEYS = frozenset({"messages", "tools", "parallel_tool_calls"})
@@ -22,6 +24,8 @@ MESSAGE_KEYS = frozenset({"role", "content", "name", "weight", "tool_calls", "to
 PAIRS = {"prompt": "completion", "question": "answer"}
 MIN_EXAMPLES = 10
 MAX_LINE_BYTES = 1024 * 1024
+MAX_PROBLEMS = 1000
+"""With so many the rest of a file is not read: it is another kind of file."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,10 @@ class Example:
     tools: tuple[object, ...] = ()
 
     @property
-    def fingerprint(self) -> str:
-        """Equal for rows that say the same."""
-        return json.dumps([self.messages, self.learnt, self.tools], sort_keys=True, ensure_ascii=False)
+    def fingerprint(self) -> bytes:
+        """Equal for rows that say the same: a digest, 16 bytes."""
+        said = json.dumps([self.messages, self.learnt, self.tools], sort_keys=True, ensure_ascii=False)
+        return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 @dataclass
@@ -61,40 +66,53 @@ class Dataset:
     problems: list[Problem] = field(default_factory=list)
     duplicates: list[tuple[int, int]] = field(default_factory=list)
     """(line, earlier line that says the same)"""
+    lines: dict[bytes, int] = field(default_factory=dict)
+    """Fingerprints of all examples, and the line on which each came first."""
 
 
-def read(lines: Iterable[bytes], *, min_examples: int = MIN_EXAMPLES) -> Dataset:
-    """Check every line of a file."""
+def open_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is longer than MAX_LINE_BYTES, so much that this shows, and then no more."""
+    for raw in iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""):
+        yield raw
+        if len(raw) > MAX_LINE_BYTES:
+            return
+
+
+def read(lines: Iterable[bytes], *, min_examples: int = MIN_EXAMPLES, keep: bool = True) -> Dataset:
+    """Check every line of a file. Without `keep` the examples themselves are forgotten again."""
     found = Dataset()
-    seen: dict[str, int] = {}
     rows = 0
     for number, raw in enumerate(lines, 1):
         if not raw.strip():
             continue
         rows += 1
+        before = len(found.problems)
         row = _parse(number, raw, found.problems)
-        if row is None:
-            continue
-        problems = len(found.problems)
-        example = _example(number, row, found.problems)
-        if example is None or len(found.problems) > problems:
-            continue
-        found.examples.append(example)
-        if (earlier := seen.setdefault(example.fingerprint, number)) != number:
-            found.duplicates.append((number, earlier))
+        example = None if row is None else _example(number, row, found.problems)
+        if example is not None and len(found.problems) == before:
+            if keep:
+                found.examples.append(example)
+            if (earlier := found.lines.setdefault(example.fingerprint, number)) != number:
+                found.duplicates.append((number, earlier))
+        if len(found.problems) >= MAX_PROBLEMS:
+            text = f"{MAX_PROBLEMS} problems up to here; the rest of the file was not read"
+            found.problems[MAX_PROBLEMS:] = [Problem(number, "", "too_many_problems", text)]
+            return found
     if rows < min_examples:
         found.problems.append(
             Problem(
                 0, "", "too_few_examples", f"{rows} rows; at least {min_examples} are needed, a few hundred are good"
             )
         )
+    elif not found.problems and (different := len(found.lines)) < min_examples:
+        text = f"{different} different rows among {rows}; at least {min_examples} are needed, a few hundred are good"
+        found.problems.append(Problem(0, "", "too_few_examples", text))
     return found
 
 
 def overlap(training: Dataset, validation: Dataset) -> list[tuple[int, int]]:
     """(line of the validation file, line of the training file) that say the same: a validation loss of no worth."""
-    known = {example.fingerprint: example.line for example in training.examples}
-    return [(e.line, known[e.fingerprint]) for e in validation.examples if e.fingerprint in known]
+    return [(line, training.lines[said]) for said, line in validation.lines.items() if said in training.lines]
 
 
 def summary(problems: list[Problem], limit: int = 5) -> str:
@@ -113,7 +131,7 @@ def _parse(line: int, raw: bytes, problems: list[Problem]) -> dict[str, object] 
         return None
 
     if len(raw) > MAX_LINE_BYTES:
-        return wrong("line_too_long", f"{len(raw)} bytes; at most {MAX_LINE_BYTES}")
+        return wrong("line_too_long", f"more than {MAX_LINE_BYTES} bytes; the lines after it were not read")
     try:
         text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:

@@ -60,6 +60,14 @@ class NotFound(ApiError):
     code = "not_found"
 
 
+class Conflict(ApiError):
+    """409: not now, as things stand; the text says what stands in the way."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
 class MethodNotAllowed(ApiError):
     """405."""
 

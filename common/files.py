@@ -1,25 +1,17 @@
-"""Files of the Files API, for whoever makes one: the bytes whole on disk, then the record that makes them a file.
-
-Who makes bytes of its own moves them to FILES_DIR/{id} itself; `registration` is the same for all.
-"""
+"""Files of the Files API, for whoever makes one: the bytes whole on disk; then the jobs service makes them a file."""
 
 import os
 import re
 import secrets
-import shutil
-import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Literal
 
 import msgspec
-
-from common.redis.names import file_key, files_key
-from common.redis.scripts import REGISTER
 
 Purpose = Literal["fine-tune", "batch", "batch_output", "fine-tune-results"]
 
 PARTIAL = ".partial"
-COPY_BYTES = 1024 * 1024
 _ID = re.compile(r"[a-z]{2,12}-[0-9a-f]{24}")
 
 
@@ -56,22 +48,31 @@ def is_id(text: str, kind: str) -> bool:
     return text.startswith(kind + "-") and _ID.fullmatch(text) is not None
 
 
-def write_whole(source: BinaryIO, target: Path) -> int:
-    """Copy to `target`, on the disk itself, all of it or nothing. Returns the size in bytes. Raises OSError."""
+def write_whole(chunks: Iterable[bytes], target: Path) -> int:
+    """Write `target`, on the disk itself, all of it or nothing. Returns the size in bytes. Raises OSError."""
     partial = target.with_suffix(PARTIAL)
     try:
-        with open(partial, "xb") as file:
-            shutil.copyfileobj(source, file, COPY_BYTES)
+        with open(partial, "wb") as file:
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
-        os.replace(partial, target)
+        replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
     return size
 
 
-def registration(file: File) -> tuple[Any, ...]:
-    """Arguments of EVAL that make a file exist, once its bytes are there."""
-    return (REGISTER, 2, file_key(file.id), files_key(file.owner), msgspec.json.encode(file), file.id,
-            f"{time.time():.6f}")
+def replace(source: Path, target: Path) -> None:
+    """Rename, on the disk itself: after a power cut the new name is there, or the old one."""
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -2,6 +2,7 @@
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
+from loguru import logger
 from starlette.exceptions import HTTPException
 
 from common import errors
@@ -12,6 +13,13 @@ async def answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.ApiError)  # noqa: S101 - registered for it only
     status, headers, body = errors.encode(error)
     return Response(body, status, {name.decode(): value.decode() for name, value in headers})
+
+
+async def answer_away(request: Request, error: Exception) -> Response:
+    """An exception handler: the redis, the database or the disk behind this service. Later it may."""
+    logger.warning("away", path=request.scope["path"], error=str(error) or type(error).__name__)
+    text = "What this service keeps its state in does not answer, or is full; its log says more. Try again later."
+    return await answer_api_error(request, errors.Unavailable(text, code="state_unavailable", retry_after_s=5))
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:

@@ -12,12 +12,13 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
 from common import errors
 from common.auth import bearer
 from common.keys import ApiKey
-from common.problems import answer_api_error, answer_http_exception, answer_invalid
+from common.problems import answer_api_error, answer_away, answer_http_exception, answer_invalid
 
 
 def make_api(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
@@ -26,6 +27,8 @@ def make_api(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
     api.add_exception_handler(errors.ApiError, answer_api_error)
     api.add_exception_handler(HTTPException, answer_http_exception)
     api.add_exception_handler(RequestValidationError, answer_invalid)
+    for away in (RedisError, OSError):
+        api.add_exception_handler(away, answer_away)
 
     @api.get("/health")
     async def health() -> dict[str, str]:

@@ -1,13 +1,19 @@
 """What a batch line may be, what survives a crash, and how fast batches may go. No stack."""
 
 import json
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from services.jobs import batch_input
+from common.files import new_id
+from services.jobs import batch_input, tables
+from services.jobs.batch import Batch
 from services.jobs.batch_limit import GAP_S, MIN_SAMPLES, QUIET_S, REST_S, SHARED_START, BatchLimit
 from services.jobs.batch_results import Result, Results
+from services.jobs.leases import LeaseLost
+from tests.jobs_service import Dead, Mortal, database
 
 CHAT = "/v1/chat/completions"
 
@@ -50,44 +56,100 @@ class TestLines:
         _, problems, _ = check(tmp_path, row("good"), bad)
         assert [(p["line"], p["code"]) for p in problems] == [(2, code)]
 
+    def test_one_line_of_a_hundred_megabytes_is_named_and_not_read(self, tmp_path: Path) -> None:
+        """One line of 9 MB cost 242 MB, and the loop stood still for half a second (B3)."""
+        path = tmp_path / "in.jsonl"
+        with open(path, "wb") as file:
+            file.write(json.dumps(row("good")).encode() + b"\n" + b'{"custom_id":"' + b"x" * 100_000_000 + b'"}\n')
+        tracemalloc.start()
+        found = batch_input.check(path, CHAT, {"m"})
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert [(p["line"], p["code"]) for p in found.problems] == [(2, "line_too_long")]
+        assert peak < 20_000_000
+
     def test_an_empty_file(self, tmp_path: Path) -> None:
         assert check(tmp_path)[1][0]["code"] == "empty_file"
 
 
 class TestResults:
-    def answer(self, name: str, ok: bool = True) -> Result:
-        usage = {"prompt_tokens": 5, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 2}}
-        return Result(ok, {"custom_id": name, "response": {"status_code": 200 if ok else 400, "body": {"usage": usage} if ok else {}}})
+    """Rows of the database, each line once."""
 
-    def test_what_is_on_disk_is_known_after_a_crash(self, tmp_path: Path) -> None:
-        first = Results(tmp_path / "good", tmp_path / "bad")
-        first.recover()
-        for name in "abc":
-            first.add(self.answer(name))
-        first.add(self.answer("d", ok=False))
+    @pytest.fixture
+    def batch(self) -> Batch:
+        return Batch(id=new_id("batch"), owner="o", status="in_progress", endpoint=CHAT, input_file_id="f", completion_window="24h",
+                     created_at=1, expires_at=2, results=new_id("file"), failures=new_id("file"))
+
+    @pytest.fixture
+    def kept(self, tmp_path: Path, batch: Batch) -> Iterator[Mortal]:
+        made = database(tmp_path, Mortal)
+        made.transact(lambda c: tables.add(c, tables.batches, batch, lease="t"))
+        yield made
+        made.close()
+
+    def answer(self, line: int, ok: bool = True) -> Result:
+        usage = {"prompt_tokens": 5, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 2}}
+        return Result(line, ok, {"custom_id": str(line), "response": {"status_code": 200 if ok else 400, "body": {"usage": usage} if ok else {}}})
+
+    def find(self, kept: Mortal, batch: Batch) -> Batch:
+        found = kept.transact(lambda c: tables.find(c, tables.batches, Batch, batch.id))
+        assert found is not None
+        return found
+
+    def test_what_was_written_is_known_after_a_crash_and_counted_with_it(self, kept: Mortal, batch: Batch) -> None:
+        first = Results(kept, batch, "t")
+        for line in (1, 2, 3):
+            first.add(self.answer(line))
+        first.add(self.answer(4, ok=False))
         assert first.flush() == 4
-        first.add(self.answer("lost"))  # never flushed: it is asked again
-        again = Results(tmp_path / "good", tmp_path / "bad")
-        again.recover()
-        assert again.ids == {"a", "b", "c", "d"}
+        first.add(self.answer(5))  # never flushed: it is asked again
+        again = Results(kept, self.find(kept, batch), "t")
+        assert again.lines() == {1, 2, 3, 4}
         assert (again.completed, again.failed) == (3, 1)
         assert again.usage == {"input_tokens": 15, "output_tokens": 21, "cached_tokens": 6}
         assert (first.completed, first.failed, first.usage) == (again.completed, again.failed, again.usage)
 
-    @pytest.mark.parametrize("cut", [1, 10, 40])
-    def test_a_torn_last_line_is_cut_off_and_asked_again(self, tmp_path: Path, cut: int) -> None:
-        results = Results(tmp_path / "good", tmp_path / "bad")
-        for name in ("a", "b"):
-            results.add(self.answer(name))
+    def test_a_full_disk_keeps_them_waiting_and_nothing_is_lost_or_doubled(self, kept: Mortal, batch: Batch) -> None:
+        """192 of 200 paid answers were in the file, and 184 were counted (A3)."""
+        results = Results(kept, batch, "t")
+        for line in range(200):
+            results.add(self.answer(line))
+            if line % 8 == 0:
+                kept.full = 1
+                with pytest.raises(OSError, match="full"):
+                    results.flush()
+        assert results.flush() == 200
+        assert (len(results.lines()), self.find(kept, batch).completed) == (200, 200)
+
+    def test_a_commit_whose_answer_was_lost_is_not_made_twice(self, kept: Mortal, batch: Batch) -> None:
+        first = Results(kept, batch, "t")
+        first.add(self.answer(1))
+        kept.fuse, kept.after = 0, True
+        with pytest.raises(Dead):
+            first.flush()
+        kept.dead, kept.fuse = False, -1
+        first.add(self.answer(2))
+        assert first.flush() == 0, "line 1 is there already"
+        assert first.flush() == 1
+        assert (first.lines(), self.find(kept, batch).completed) == ({1, 2}, 2)
+
+    def test_who_has_lost_the_lease_writes_nothing(self, kept: Mortal, batch: Batch) -> None:
+        results = Results(kept, batch, "somebody else's")
+        results.add(self.answer(1))
+        with pytest.raises(LeaseLost):
+            results.flush()
+        assert (results.lines(), self.find(kept, batch).completed) == (set(), 0)
+
+    def test_files_are_in_the_order_of_the_lines_and_whole(self, kept: Mortal, batch: Batch, tmp_path: Path) -> None:
+        results = Results(kept, batch, "t")
+        for line in range(1100, 0, -1):
+            results.add(self.answer(line, ok=line % 2 == 0))
         results.flush()
-        whole = (tmp_path / "good").read_bytes()
-        (tmp_path / "good").write_bytes(whole[:-cut])
-        again = Results(tmp_path / "good", tmp_path / "bad")
-        again.recover()
-        assert again.ids == {"a"}
-        again.add(self.answer("b"))
-        again.flush()
-        assert (tmp_path / "good").read_bytes() == whole
+        size = results.write_file(True, tmp_path / "good")
+        rows = [json.loads(row) for row in (tmp_path / "good").read_text().splitlines()]
+        assert [row["custom_id"] for row in rows] == [str(n) for n in range(2, 1101, 2)]
+        assert size == (tmp_path / "good").stat().st_size
+        assert Results(kept, batch, "t").write_file(False, tmp_path / "none") == 0
 
 
 class TestLimit:

@@ -1,5 +1,7 @@
 """What a training file may contain, how a row is rendered, and how a run is planned. With the bundled model's tokenizer."""
 
+import io
+import itertools
 import json
 from pathlib import Path
 
@@ -113,10 +115,27 @@ class TestDataset:
         assert not named & kept
         assert named | kept == {i for i, line in enumerate(lines, 1) if line.strip()}
 
+    def test_a_file_of_nothing_but_mistakes_is_not_kept_in_memory(self) -> None:
+        """1.5 MB of `{}` cost half a gigabyte (B3)."""
+        found = dataset.read(itertools.repeat(b"{}\n"))
+        assert len(found.problems) == dataset.MAX_PROBLEMS + 1
+        assert (found.problems[-1].line, found.problems[-1].code) == (dataset.MAX_PROBLEMS, "too_many_problems")
+
+    def test_of_a_line_without_end_only_the_beginning_is_read(self) -> None:
+        file = io.BytesIO(json.dumps(GOOD).encode() + b"\n" + b"x" * 3 * dataset.MAX_LINE_BYTES + b"\n{}\n")
+        found = dataset.read(dataset.open_lines(file))
+        assert [(p.line, p.code) for p in found.problems][:1] == [(2, "line_too_long")]
+        assert file.tell() == len(json.dumps(GOOD)) + 1 + dataset.MAX_LINE_BYTES + 1
+
+    def test_the_same_row_again_and_again_is_one_row(self) -> None:
+        """A split of them left no validation rows, and training ended in a KeyError (D3)."""
+        assert [p.code for p in read(*[GOOD] * 12, min_examples=10).problems] == ["too_few_examples"]
+
     def test_the_check_as_a_process_says(self, tmp_path: Path) -> None:
         bad, good = tmp_path / "bad", tmp_path / "good"
         bad.write_bytes(b"{}\n" + json.dumps(GOOD).encode())
-        good.write_text("\n".join([json.dumps(GOOD)] * 12))
+        rows = [{"question": f"q{i % 12}", "answer": "a"} for i in range(14)]
+        good.write_text("\n".join(map(json.dumps, rows)))
         report = check.check(str(bad), None)
         assert [(p["param"], p["line"], p["code"]) for p in report["problems"]] == [
             ("training_file", 1, "missing_messages_list"), ("training_file", 0, "too_few_examples")]

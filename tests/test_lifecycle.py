@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from openai.types import Batch
 from openai.types.fine_tuning import FineTuningJob
 from pydantic import BaseModel
 
-from services.jobs.batches import HOUSE
+from common.auth import HOUSE
 from services.local.plan import ROOT
 from tests.harness import wait_for
 from tests.up import MODEL, Up
@@ -436,7 +437,9 @@ class TestBatches:
     def test_when_its_time_is_over_the_rest_is_expired(self, up: Up) -> None:
         made = self.begin(up, [chat(str(n), f"Tell me about {n}.", max_tokens=60) for n in range(300)])
         wait_for(lambda: up.sdk.batches.retrieve(made.id).request_counts.completed > 3, "some", 60)
-        up.redis_as("jobs").hset(f"bt:{made.id}", "expires_at", str(int(time.time())))  # what a day does
+        with contextlib.closing(sqlite3.connect(up.state / "jobs.db", timeout=30)) as jobs:  # what a day does
+            jobs.execute("UPDATE batches SET expires_at = ? WHERE id = ?", (int(time.time()), made.id))
+            jobs.commit()
         os.kill(up.program_pid("jobs"), signal.SIGKILL)
         wait_for(lambda: httpx.get(up.base + "/v1/files", headers={"authorization": f"Bearer {up.key}"}).status_code == 200, "jobs back", 60)
         done = self.over(up, made)

@@ -171,11 +171,11 @@ def floor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 def no_adapters(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "floor" in request.fixturenames:
-        request.getfixturevalue("floor").redis("trainer").delete(ADAPTERS)
+        request.getfixturevalue("floor").redis("jobs").delete(ADAPTERS)
 
 
 def publish(stack: Stack, *names: str) -> None:
-    redis = stack.redis("trainer")
+    redis = stack.redis("jobs")
     for number, name in enumerate(names):
         adapter = Adapter(name, f"ftjob-{number:024x}", "base", "d", "o", 1)
         redis.hset(ADAPTERS, name, msgspec.json.encode(adapter))
@@ -340,7 +340,7 @@ class TestAdapters:
             async with living(floor, engine) as life:
                 await life.until(lambda: life.models() == ["base", "x"], "loaded at the third try")
                 loader.failures["x"] = 2
-                floor.redis("trainer").delete(ADAPTERS)
+                floor.redis("jobs").delete(ADAPTERS)
                 await life.until(lambda: life.models() == ["base"], "no longer announced")
                 await life.until(lambda: not loader.there, "unloaded at the third try")
                 assert [verb for verb, _ in loader.asked].count("unload") == 3

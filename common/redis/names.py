@@ -11,17 +11,6 @@ What is live and bounded. State redis (AOF, noeviction):
     key:{id}              string, JSON `ApiKey`                              python -m gateway.keys
     adapters              hash, model name -> JSON `Adapter`                 trainer; removed by the jobs service
     aliases               hash, alias -> JSON `Alias`                        jobs service; followed by gateways
-    file:{id}             string, JSON `File`                                jobs service, trainer
-    files:{owner}         sorted set of file ids by creation                 jobs service, trainer
-    ftjob:{id}            hash, the fields of `Job`, changed by MOVE only    jobs service, trainer
-    ftjobs:{owner}        sorted set of job ids by creation                  jobs service
-    ftqueue, fttaken      lists of job ids: waiting, taken by a trainer      jobs service, trainer
-    ftlease:{id}          string with a TTL: a trainer works on it           trainer
-    ftevents:{id}         list of JSON events, oldest first                  jobs service, trainer
-    ftcheckpoints:{id}    list of JSON checkpoints, oldest first             trainer
-    bt:{id}               hash, the fields of `Batch`, changed by MOVE only  jobs service
-    bts:{owner}           sorted set of batch ids by creation                jobs service
-    btactive              set of ids of batches that are not over            jobs service
     used:{day}:{key}      hash, `{model}|{kind}` -> count                    ledger
     ledger:cursor         string, the last usage entry that is added up      ledger
     ledger:cost:{day}     string, USD                                        ledger
@@ -43,9 +32,6 @@ USAGE_MAX_ENTRIES = 300_000
 """Some 650 bytes each: 200 MB of the state redis. Older ones are in the ledger's books."""
 ADAPTERS = "adapters"
 ALIASES = "aliases"
-FT_QUEUE = "ftqueue"
-FT_TAKEN = "fttaken"
-BATCHES_ACTIVE = "btactive"
 LEDGER_CURSOR = "ledger:cursor"
 LEDGER_TICK = "ledger:tick"
 
@@ -82,51 +68,6 @@ def flushed_key(recorder: str) -> str:
 def api_key_key(key_id: str) -> str:
     """Where an API key's record lives."""
     return f"key:{key_id}"
-
-
-def file_key(file_id: str) -> str:
-    """Where a file's record lives."""
-    return f"file:{file_id}"
-
-
-def files_key(owner: str) -> str:
-    """Where an owner's files are listed."""
-    return f"files:{owner}"
-
-
-def job_key(job_id: str) -> str:
-    """Where a fine-tuning job lives."""
-    return f"ftjob:{job_id}"
-
-
-def jobs_key(owner: str) -> str:
-    """Where an owner's fine-tuning jobs are listed."""
-    return f"ftjobs:{owner}"
-
-
-def lease_key(job_id: str) -> str:
-    """Held by the trainer that works on a job."""
-    return f"ftlease:{job_id}"
-
-
-def events_key(job_id: str) -> str:
-    """Where a job's events are."""
-    return f"ftevents:{job_id}"
-
-
-def checkpoints_key(job_id: str) -> str:
-    """Where a job's checkpoints are."""
-    return f"ftcheckpoints:{job_id}"
-
-
-def batch_key(batch_id: str) -> str:
-    """Where a batch lives."""
-    return f"bt:{batch_id}"
-
-
-def batches_key(owner: str) -> str:
-    """Where an owner's batches are listed."""
-    return f"bts:{owner}"
 
 
 def used_key(day: date, key: str) -> str:

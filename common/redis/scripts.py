@@ -37,16 +37,6 @@ end
 return 1
 """
 
-# KEYS[1] a job or batch ; ARGV[1] the states it may be in, each between bars, then fields and values to set.
-# Returns 'ok', else the state it is in ('' for nothing there). Only who finds the expected state changes it.
-MOVE = """
-local status = redis.call('HGET', KEYS[1], 'status')
-if not status then return '' end
-if not string.find(ARGV[1], '|' .. status .. '|', 1, true) then return status end
-redis.call('HSET', KEYS[1], unpack(ARGV, 2))
-return 'ok'
-"""
-
 # KEYS[1] aliases ; ARGV name, owner, model ('': the previous one), now in s, channel.
 # Returns the alias as JSON, 'taken' for another key's, 'none' without a previous one. Switched and told at once.
 SWITCH = """
@@ -86,12 +76,4 @@ if passed > 0 and passed <= tonumber(ARGV[3]) then
 end
 redis.call('SET', KEYS[1], ARGV[1])
 return passed
-"""
-
-# KEYS[1] file:{id}  KEYS[2] files:{owner} ; ARGV the record as JSON, the id, Unix time.
-# Record and listing together, so that no file is known in one and not in the other. Returns 1.
-REGISTER = """
-redis.call('SET', KEYS[1], ARGV[1])
-redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
-return 1
 """

@@ -4,48 +4,61 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from loguru import logger
 from prometheus_client import CollectorRegistry
-from redis.exceptions import RedisError
+from redis import Redis as BlockingRedis
 from starlette.requests import ClientDisconnect
 
 from common import logs
 from common.aliases import AliasTable
 from common.auth import Authenticator
+from common.database import Database
 from common.feed import Feed, load_workers
 from common.redis.connect import connect
 from common.redis.names import CHANNEL_ALIASES, CHANNEL_KEYS, CHANNEL_WORKERS
 from common.serving import exposition, make_api
 from common.tasks import end_tasks, repeat
 from common.workers import WorkerTable
+from services.jobs import tables
 from services.jobs.aliases import Aliases
+from services.jobs.batch import UNFINISHED
 from services.jobs.batch_load import LOOK_EVERY_S, BatchLoad
+from services.jobs.batch_run import Means
 from services.jobs.batches import Batches
+from services.jobs.checks import Checks
 from services.jobs.files import Files
 from services.jobs.front_door import FrontDoor
+from services.jobs.internal import add_internal
+from services.jobs.leases import RENEW_EVERY_S, Leases
+from services.jobs.legacy import move_in
 from services.jobs.metrics import JobsMetrics
 from services.jobs.routes import add_routes
 from services.jobs.settings import JobsSettings
+from services.jobs.trainers import Trainers
 from services.jobs.tuning import Tuning
+
+MIGRATIONS = Path(__file__).with_name("migrations")
+CHECK_EVERY_S = 0.5
 
 
 def create(settings: JobsSettings) -> FastAPI:
     """The app."""
 
     api = make_api(lambda app: running(app, settings))
-    api.state.max_file_bytes = settings.max_file_bytes
     api.add_exception_handler(ClientDisconnect, answer_nobody)
 
     @api.get("/metrics")
     async def metrics(request: Request) -> Response:
-        with contextlib.suppress(RedisError, OSError):  # the rest is as true without it
+        with contextlib.suppress(OSError):  # the rest is as true without it
             request.app.state.metrics.queued.set(await request.app.state.tuning.queued())
         return exposition(request.app.state.registry)
 
     add_routes(api)
+    add_internal(api, settings.trainer_token)
     return api
 
 
@@ -53,29 +66,27 @@ def create(settings: JobsSettings) -> FastAPI:
 async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
     """Everything the routes use, and the tasks beside them."""
     redis, table, aliases = connect(settings), WorkerTable(), AliasTable()
-    app.state.authenticator = authenticator = Authenticator(redis)
-    app.state.files = files = Files(redis, settings.files_dir, settings.max_file_bytes, settings.max_files_per_key)
-    app.state.tuning = tuning = Tuning(redis, files, table.base_models, settings.max_waiting_jobs)
-
-    app.state.aliases, app.state.table = Aliases(redis), table
-    front_door = FrontDoor(settings.gateway_url, settings.service_token)
-    app.state.registry = CollectorRegistry()
-    app.state.metrics = metrics = JobsMetrics(app.state.registry)
-    load = BatchLoad(redis, table)
-
-    def models() -> set[str]:
-        return table.models().keys() | aliases.targets.keys()
-
-    app.state.batches = batches = Batches(
-        redis, files, settings.files_dir / "batches", front_door, models, load.room, metrics
+    database = Database(settings.database_url, MIGRATIONS)
+    await asyncio.to_thread(prepare, settings, database)
+    state = app.state
+    state.authenticator = authenticator = Authenticator(redis)
+    state.files = files = Files(
+        database, settings.files_dir, settings.max_file_bytes, settings.max_files_per_key,
+        settings.max_stored_bytes_per_key, settings.min_free_bytes,
     )
+    state.tuning = Tuning(database, redis, table.base_models, settings.max_waiting_jobs)
+    state.trainers, state.aliases, state.table = Trainers(database), Aliases(redis), table
+    state.registry = registry = CollectorRegistry()
+    state.metrics = metrics = JobsMetrics(registry)
+    front_door = FrontDoor(settings.gateway_url, settings.service_token)
+    load, checks = BatchLoad(redis, table), Checks(database, files)
+    means = Means(database, files, redis, front_door, lambda: servable(table, aliases), load.room, metrics)
+    state.batches = batches = Batches(means, Leases(database, tables.batches, UNFINISHED))
 
     async def on_connect(connection: Any) -> None:
         authenticator.distrust()
         await load_workers(connection, table)
         await aliases.load(connection)
-        await tuning.check_again()
-        await batches.go_on()
 
     feed = Feed(
         lambda: connect(settings, timeout_s=None),
@@ -86,8 +97,9 @@ async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
     background = [
         asyncio.create_task(work)
         for work in (
-            feed.run(), repeat("tending", look_after.once, 1.0),
-            repeat("the pace of batches", lambda: load.look(lambda: batches.in_flight), LOOK_EVERY_S),
+            feed.run(), repeat("tending", look_after.once, 1.0), repeat("checks", checks.look, CHECK_EVERY_S),
+            repeat("the leases of batches", batches.look, RENEW_EVERY_S),
+            repeat("the pace of batches", lambda: load.look(lambda: means.in_flight), LOOK_EVERY_S),
         )
     ]
     logger.info("jobs service up")
@@ -95,10 +107,25 @@ async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
         yield
     finally:
         await end_tasks(background)
-        await tuning.close()
-        await batches.close()
-        await front_door.close()
+        for part in (checks, batches, front_door):
+            with contextlib.suppress(OSError):
+                await part.close()
         await redis.aclose()
+        database.close()
+
+
+def servable(table: WorkerTable, aliases: AliasTable) -> set[str]:
+    """Models that a batch may name now."""
+    return table.models().keys() | aliases.targets.keys()
+
+
+def prepare(settings: JobsSettings, database: Database) -> None:
+    """The tables of this release, and what an older one left. Blocks. Raises DatabaseAway, RedisError."""
+    database.migrate()
+    with BlockingRedis.from_url(
+        settings.redis_url, username=settings.redis_user, password=settings.redis_password, decode_responses=True
+    ) as redis:
+        move_in(redis, database, settings.files_dir)
 
 
 SWEEP_EVERY_S, SWEEP_AGAIN_S = 3600.0, 60.0
@@ -112,9 +139,9 @@ class Tending:
         self._sweep_at = 0.0
 
     async def once(self) -> bool:
-        """What is due, every second; whether redis was asked. Raises RedisError, OSError."""
+        """What is due, every second; whether anything was asked. Raises OSError."""
         self._table.tend(connected=self._feed.connected)
-        if not self._feed.connected or time.monotonic() < self._sweep_at:
+        if time.monotonic() < self._sweep_at:
             return False
         self._sweep_at = time.monotonic() + SWEEP_AGAIN_S
         if removed := await self._files.sweep():

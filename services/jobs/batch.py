@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 State = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]
+OVER: tuple[State, ...] = ("failed", "completed", "expired", "cancelled")
+UNFINISHED: tuple[State, ...] = ("validating", "in_progress", "finalizing", "cancelling")
 
 
 class CreateBatch(BaseModel):
@@ -23,7 +25,7 @@ class CreateBatch(BaseModel):
 
 
 class Batch(msgspec.Struct, kw_only=True):
-    """A batch. `results` and `errors_` are the ids its files have from the start and show at the end."""
+    """A batch. `results` and `failures` are the ids its files have from the start and show at the end."""
 
     id: str
     owner: str
@@ -35,6 +37,8 @@ class Batch(msgspec.Struct, kw_only=True):
     expires_at: int
     results: str
     failures: str
+    ends: Literal["", "completed", "expired", "cancelled", "failed"] = ""
+    """How it will have ended, once that is sure."""
     metadata: dict[str, str] | None = None
     model: str | None = None
     errors: list[dict[str, Any]] = []
@@ -55,7 +59,7 @@ class Batch(msgspec.Struct, kw_only=True):
     def public(self) -> dict[str, object]:
         """In OpenAI's shape (openai.types.Batch)."""
         shown: dict[str, object] = msgspec.to_builtins(self)
-        for private in ("owner", "results", "failures", "total", "completed", "failed"):
+        for private in ("owner", "ends", "results", "failures", "total", "completed", "failed"):
             shown.pop(private)
         used = self.usage or {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
         return shown | {

@@ -3,14 +3,17 @@
 Input: {"custom_id", "method": "POST", "url", "body"}, as in https://platform.openai.com/docs/guides/batch
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 MAX_LINES = 50_000
 MAX_PROBLEMS = 1000
+MAX_LINE_BYTES = 4 * 1024 * 1024
+"""About what the gateway takes as a body (MAX_BODY_BYTES)."""
 
 
 class Line(NamedTuple):
@@ -22,41 +25,50 @@ class Line(NamedTuple):
     custom_id: str
 
 
+class Found(NamedTuple):
+    """What is in an input file."""
+
+    lines: list[Line]
+    problems: list[dict[str, Any]]
+    models: set[str]
+
+
 def problem(line: int | None, code: str, message: str, param: str | None = None) -> dict[str, Any]:
     """One entry of a batch's `errors`."""
     return {"line": line, "code": code, "message": message, "param": param}
 
 
-def check(
-    path: Path, endpoint: str, models: set[str] | None
-) -> tuple[list[Line], list[dict[str, Any]], set[str]]:
-    """Every line of an input file: (lines, problems, models used). Without `models` any model will do."""
-    found: list[Line] = []
-    problems: list[dict[str, Any]] = []
-    used: set[str] = set()
+def check(path: Path, endpoint: str, models: set[str] | None) -> Found:
+    """Every line of an input file, or what is wrong with it. Without `models` any model will do. Raises OSError."""
+    found = Found([], [], set())
     seen: dict[str, int] = {}
     offset = 0
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            if raw.strip() and len(problems) < MAX_PROBLEMS:
-                wrong = list(_wrong(number, raw, endpoint, models, used, seen))
-                problems += wrong
-                if not wrong:
-                    found.append(Line(number, offset, len(raw), json.loads(raw)["custom_id"]))
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            if len(raw) > MAX_LINE_BYTES:
+                text = f"More than {MAX_LINE_BYTES} bytes; the lines after it were not read."
+                found.problems.append(problem(number, "line_too_long", text))
+                break
+            if raw.strip():
+                found.problems.extend(_wrong(number, raw, endpoint, models, found.models, seen))
+                if not found.problems:
+                    found.lines.append(Line(number, offset, len(raw), next(reversed(seen))))
+            if len(found.lines) > MAX_LINES or len(found.problems) >= MAX_PROBLEMS:
+                break
             offset += len(raw)
-    if not found and not problems:
-        problems.append(problem(None, "empty_file", "The file has no requests."))
-    if len(found) > MAX_LINES:
-        problems.append(problem(None, "too_many_requests", f"{len(found)} requests; at most {MAX_LINES}."))
-    return found, problems, used
+    if len(found.lines) > MAX_LINES:
+        found.problems.append(problem(None, "too_many_requests", f"More than {MAX_LINES} requests."))
+    if not found.lines and not found.problems:
+        found.problems.append(problem(None, "empty_file", "The file has no requests."))
+    return found
 
 
 def _wrong(
     number: int, raw: bytes, endpoint: str, models: set[str] | None, used: set[str], seen: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
     try:
-        row = json.loads(raw)
-    except (ValueError, RecursionError):
+        row = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         yield problem(number, "invalid_json_line", "This line is not valid JSON.")
         return
     if not isinstance(row, dict):
@@ -85,8 +97,12 @@ def _wrong(
         used.add(model)
 
 
+class _Request(msgspec.Struct):
+    body: msgspec.Raw
+
+
 def body(path: Path, line: Line) -> bytes:
     """The request body of a line, as JSON."""
     with open(path, "rb") as file:
         file.seek(line.offset)
-        return json.dumps(json.loads(file.read(line.size))["body"]).encode()
+        return bytes(msgspec.json.decode(file.read(line.size), type=_Request).body)

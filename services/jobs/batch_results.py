@@ -1,79 +1,114 @@
-"""The results files of a running batch: on the disk before they are counted, whole after any crash."""
+"""The results of a running batch: rows, each line once, written together with the counts; at the end, files."""
 
 import json
-import os
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sqlalchemy import Connection, Select, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from common.database import Database
+from common.files import write_whole
+from services.jobs import tables
+from services.jobs.batch import Batch
 from services.jobs.batch_input import Line
+from services.jobs.leases import LeaseLost
 
 EXPIRED = {"code": "batch_expired", "message": "The batch's time was over before this ran."}
 
 UNREADABLE = {"code": "unreadable_answer", "message": "The answer is not JSON, or did not come."}
 
+PAGE = 500
+
 
 class Result(NamedTuple):
-    """An answered line, on its way to disk."""
+    """An answered line, on its way to the database."""
 
-    ok: bool
+    line: int
+    good: bool
     row: dict[str, Any]
 
 
 class Results:
-    """The two results files of a running batch, and what is in them."""
+    """What a batch has answered so far. Written under the lease `token`: whoever lost it writes nothing."""
 
-    def __init__(self, good: Path, bad: Path) -> None:
-        self._paths = {True: good, False: bad}
-        self._waiting: dict[bool, list[Result]] = {True: [], False: []}
+    def __init__(self, database: Database, batch: Batch, token: str) -> None:
+        self._database, self._id, self._token = database, batch.id, token
+        self._waiting: list[Result] = []
         self._writing = threading.Lock()
-        self.ids: set[str] = set()
-        self.completed = self.failed = 0
-        self.usage: dict[str, int] = {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
+        self.completed, self.failed = batch.completed, batch.failed
+        self.usage = batch.usage or {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
 
-    def recover(self) -> None:
-        """Read what is there."""
-        good, bad = (answered(self._paths[ok]) for ok in (True, False))
-        self.ids = good["ids"] | bad["ids"]
-        self.completed, self.failed = len(good["ids"]), len(bad["ids"])
-        self.usage = good["usage"]
+    @property
+    def waiting(self) -> int:
+        """How many are not in the database yet."""
+        return len(self._waiting)
+
+    def lines(self) -> set[int]:
+        """Numbers of the lines that are answered. Blocks; raises DatabaseAway."""
+        table = tables.batch_results.c
+        query = select(table.line).where(table.batch_id == self._id)
+        return self._database.transact(lambda c: set(c.execute(query).scalars()))
 
     def add(self, result: Result) -> None:
-        """Take a result; `flush` brings it to disk."""
-        self._waiting[result.ok].append(result)
+        """Take a result; `flush` brings it to the database."""
+        self._waiting.append(result)
 
     def flush(self) -> int:
-        """Write what waits, to the disk itself. Returns how many results that were.
+        """Write what waits, and the counts with it. Blocks. Returns how many results that were.
 
-        Raises OSError; what could not be written waits for the next call.
+        Raises DatabaseAway: what could not be written waits for the next call; LeaseLost.
         """
-        written = 0
         with self._writing:  # a cancelled caller's thread may still be at it
-            for ok, waiting in self._waiting.items():
-                results = waiting[:]
-                if not results:
-                    continue
-                append(self._paths[ok], "".join(json.dumps(result.row) + "\n" for result in results).encode())
-                del waiting[:len(results)]
-                written += len(results)
-                self.completed += len(results) if ok else 0
-                self.failed += 0 if ok else len(results)
-                for result in results:
-                    add_usage(self.usage, result.row)
-        return written
+            results = self._waiting[:]
+            if not results:
+                return 0
+            completed, failed, usage = self.completed, self.failed, dict(self.usage)
+            for result in results:
+                completed, failed = completed + result.good, failed + (not result.good)
+                add_usage(usage, result.row)
+            rows = [{"batch_id": self._id, "line": r.line, "good": r.good, "row": json.dumps(r.row)} for r in results]
 
+            def write(c: Connection) -> None:
+                counts = {"completed": completed, "failed": failed, "usage": usage, "attempts": 1}
+                states = ("in_progress", "cancelling", "finalizing")
+                if tables.move(c, tables.batches, self._id, states, self._token, **counts) != "ok":
+                    raise LeaseLost(self._id)
+                c.execute(insert(tables.batch_results), rows)
 
-def append(path: Path, data: bytes) -> None:
-    """Add to a file, all or nothing, on the disk itself. Raises OSError."""
-    with open(path, "ab", buffering=0) as file:
-        size_bytes, rest = file.tell(), memoryview(data)
-        try:
-            while rest:
-                rest = rest[file.write(rest):]
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(size_bytes)
-            raise
+            try:
+                self._database.transact(write)
+            except IntegrityError:  # an earlier try was committed, and its answer lost
+                self._catch_up()
+                return 0
+            del self._waiting[:len(results)]
+            self.completed, self.failed, self.usage = completed, failed, usage
+            return len(results)
+
+    def _catch_up(self) -> None:
+        written = self.lines()
+        now = self._database.transact(lambda c: tables.find(c, tables.batches, Batch, self._id))
+        assert now is not None  # noqa: S101 - its results are there
+        self._waiting = [result for result in self._waiting if result.line not in written]
+        self.completed, self.failed, self.usage = now.completed, now.failed, now.usage
+
+    def write_file(self, good: bool, target: Path) -> int:
+        """The answered, or the failed, lines in order, as a file. Blocks. Returns its bytes; 0: there is none."""
+        if not (self.completed if good else self.failed):
+            return 0
+        return write_whole(self._rows(good), target)
+
+    def _rows(self, good: bool) -> Iterator[bytes]:
+        table, last = tables.batch_results.c, -1
+        ours = select(table.line, table.row).where(table.batch_id == self._id, table.good == good)
+        while found := self._page(ours.where(table.line > last).order_by(table.line).limit(PAGE)):
+            yield from (row.row.encode() + b"\n" for row in found)
+            last = found[-1].line
+
+    def _page(self, query: Select[Any]) -> Sequence[Any]:
+        return self._database.transact(lambda c: c.execute(query).all())
 
 
 def row(
@@ -86,27 +121,6 @@ def row(
         "response": response,
         "error": error,
     }
-
-
-def answered(path: Path) -> dict[str, Any]:
-    """What a results file holds after a crash: {"ids", "usage"}. A last line that was not written whole is cut off."""
-    ids: set[str] = set()
-    usage = {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
-    good = 0
-    if path.exists():
-        with open(path, "rb") as file:
-            for raw in file:
-                try:
-                    row = json.loads(raw) if raw.endswith(b"\n") else None
-                except ValueError:
-                    row = None
-                if row is None:
-                    break
-                good += len(raw)
-                ids.add(row["custom_id"])
-                add_usage(usage, row)
-        os.truncate(path, good)
-    return {"ids": ids, "usage": usage}
 
 
 def add_usage(total: dict[str, int], row: dict[str, Any]) -> None:

@@ -1,35 +1,42 @@
-"""The Files API: bytes on a volume, records in redis. A file exists once its record does, and never half.
+"""The Files API: bytes on a volume, records in the database. A file exists once its record does, and never half.
 
 https://platform.openai.com/docs/api-reference/files
 """
 
 import asyncio
 import contextlib
-import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import msgspec
-from redis.asyncio import Redis
+from sqlalchemy import Connection, delete, func, or_, select
 
 from common import errors
-from common.files import File, Purpose, is_id, new_id, registration, write_whole
-from common.redis.names import file_key, files_key
+from common.database import Database
+from common.files import File, Purpose, is_id, new_id, write_whole
+from common.tuning import FINISHED
+from services.jobs import tables
+from services.jobs.batch import OVER
 
 UPLOADS: tuple[Purpose, ...] = ("fine-tune", "batch")
+COPY_BYTES = 1024 * 1024
 ORPHAN_S = 3600.0
 """A file without a record is a crash's, unless it is younger than this: then its record may be on its way."""
 
 
 class Files:
-    """Files of all owners."""
+    """Files of all owners. Each owner has so many and so many bytes; the disk keeps `min_free_bytes` for others."""
 
-    def __init__(self, redis: Redis, folder: Path, max_bytes: int, max_per_key: int) -> None:
-        self._redis, self.folder = redis, folder
+    def __init__(
+        self, database: Database, folder: Path, max_bytes: int, max_per_key: int, max_stored_bytes: int = 1 << 62,
+        min_free_bytes: int = 0,
+    ) -> None:
+        self._database, self.folder = database, folder
         self._max_bytes, self._max_per_key = max_bytes, max_per_key
+        self._max_stored_bytes, self._min_free_bytes = max_stored_bytes, min_free_bytes
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.tempdir = str(folder)  # where a large upload waits: the same volume, not a small /tmp
 
@@ -37,61 +44,110 @@ class Files:
         """Where the bytes are."""
         return self.folder / file.id
 
+    async def admit(self, owner: str, size_bytes: int) -> None:
+        """Before an upload is read: raises ApiError when there is no room for it."""
+        if size_bytes > self._max_bytes:
+            raise too_large(self._max_bytes)
+        free = (await asyncio.to_thread(shutil.disk_usage, self.folder)).free
+        if free - 2 * size_bytes < self._min_free_bytes:  # it waits beside its copy for a moment
+            raise errors.Unavailable(
+                f"The disk of the files has {free} bytes free, and {self._min_free_bytes} stay free (MIN_FREE_BYTES).",
+                code="disk_full",
+            )
+        await self._database.run(lambda c: self._within_limits(c, owner, size_bytes))
+
     async def add(self, source: BinaryIO, filename: str, purpose: Purpose, owner: str) -> File:
-        """Keep a file. Raises InvalidRequest when it is empty, BodyTooLarge, or when the owner has too many."""
-        if await self._redis.zcard(files_key(owner)) >= self._max_per_key:
+        """Keep a file. Raises InvalidRequest when it is empty or the owner has too many, BodyTooLarge, OSError."""
+        file = File(new_id("file"), owner, clean_name(filename), purpose, 0, int(time.time()))
+        file.bytes = await asyncio.to_thread(write_whole, iter(lambda: source.read(COPY_BYTES), b""), self.path(file))
+
+        def keep(c: Connection) -> None:
+            self._within_limits(c, owner, file.bytes)
+            tables.add(c, tables.files, file)
+
+        try:
+            if file.bytes == 0:
+                raise errors.InvalidRequest("The file is empty.", param="file", code="empty_file")
+            if file.bytes > self._max_bytes:
+                raise too_large(self._max_bytes)
+            await self._database.run(keep)
+        except errors.ApiError:
+            self.path(file).unlink()
+            raise
+        return file
+
+    def _within_limits(self, c: Connection, owner: str, size_bytes: int) -> None:
+        table = tables.files
+        query = select(func.count(), func.coalesce(func.sum(table.c.bytes), 0)).where(table.c.owner == owner)
+        count, stored = c.execute(query).one()
+        if count >= self._max_per_key:
             raise errors.InvalidRequest(
-                f"There are {self._max_per_key} files already (MAX_FILES_PER_KEY); delete some first.",
+                f"There are {count} files already (MAX_FILES_PER_KEY={self._max_per_key}); delete some first.",
                 code="too_many_files",
             )
-        file = File(new_id("file"), owner, clean_name(filename), purpose, 0, int(time.time()))
-        file.bytes = await asyncio.to_thread(write_whole, source, self.path(file))
-        if file.bytes == 0 or file.bytes > self._max_bytes:
-            self.path(file).unlink()
-            if file.bytes:
-                raise too_large(self._max_bytes)
-            raise errors.InvalidRequest("The file is empty.", param="file", code="empty_file")
-        await self._redis.eval(*registration(file))
-        return file
+        if stored + size_bytes > self._max_stored_bytes:
+            raise errors.InvalidRequest(
+                f"Your files have {stored} bytes; with this one they would have more than MAX_STORED_BYTES_PER_KEY="
+                f"{self._max_stored_bytes}. Delete some first.", code="storage_full",
+            )
 
     async def get(self, file_id: str, owner: str, param: str | None = None) -> File:
         """A file of this owner. Raises NotFound; of somebody else's file, too."""
-        raw = await self._redis.get(file_key(file_id)) if is_id(file_id, "file") else None
-        file = msgspec.json.decode(raw, type=File) if raw else None
-        if file is None or file.owner != owner:
-            raise errors.NotFound(f"There is no file {file_id!r}.", param=param, code="file_not_found")
-        return file
+        return await self._database.run(lambda c: find(c, file_id, owner, param))
 
     async def owned(self, owner: str) -> list[File]:
         """An owner's files, newest first."""
-        ids = await self._redis.zrevrange(files_key(owner), 0, -1)
-        raws = await self._redis.mget([file_key(str(i)) for i in ids]) if ids else []
-        return [msgspec.json.decode(raw, type=File) for raw in raws if raw]
+        return await self._database.run(lambda c: tables.listed(c, tables.files, File, owner))
 
-    async def delete(self, file: File) -> None:
-        """The record first: from then on nobody finds it."""
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(file_key(file.id))
-            pipe.zrem(files_key(file.owner), file.id)
-            await pipe.execute()
+    async def delete(self, file_id: str, owner: str) -> None:
+        """The record first: from then on nobody finds it. Raises NotFound, Conflict while a job or batch needs it."""
+
+        def forget(c: Connection) -> None:
+            find(c, file_id, owner)
+            if user := in_use(c, file_id):
+                raise errors.Conflict(
+                    f"{user} reads the file {file_id} and is not over; cancel it first.", code="file_in_use"
+                )
+            c.execute(delete(tables.files).where(tables.files.c.id == file_id))
+
+        await self._database.run(forget)
         with contextlib.suppress(FileNotFoundError):
-            await asyncio.to_thread(self.path(file).unlink)
-
-    async def adopt(self, source: Path, file: File) -> None:
-        """Keep a file that was produced here: moved, then known."""
-        await asyncio.to_thread(os.replace, source, self.path(file))
-        await self._redis.eval(*registration(file))
+            await asyncio.to_thread((self.folder / file_id).unlink)
 
     async def sweep(self) -> int:
         """Remove what crashes left. Returns how many files that were."""
-        old = time.time() - ORPHAN_S
-        removed = 0
-        for path in await asyncio.to_thread(lambda: list(self.folder.iterdir())):
-            with contextlib.suppress(FileNotFoundError):
-                if path.is_file() and path.stat().st_mtime < old and not await self._redis.exists(file_key(path.name)):
-                    path.unlink()
-                    removed += 1
-        return removed
+        old = await asyncio.to_thread(_older, self.folder, time.time() - ORPHAN_S)
+        known = await self._database.run(lambda c: set(c.execute(select(tables.files.c.id)).scalars()))
+        orphans = [path for path in old if path.name not in known]
+        for path in orphans:
+            path.unlink(missing_ok=True)
+        return len(orphans)
+
+
+def find(c: Connection, file_id: str, owner: str, param: str | None = None) -> File:
+    """A file of this owner, which nobody deletes before the transaction is over. Raises NotFound."""
+    file = tables.find(c, tables.files, File, file_id, owner, lock=True) if is_id(file_id, "file") else None
+    if file is None:
+        raise errors.NotFound(f"There is no file {file_id!r}.", param=param, code="file_not_found")
+    return file
+
+
+def in_use(c: Connection, file_id: str) -> str | None:
+    """Who still reads a file: the id of a job or batch that is not over."""
+    jobs, batches = tables.jobs.c, tables.batches.c
+    reads = or_(jobs.training_file == file_id, jobs.validation_file == file_id)
+    job = c.execute(select(jobs.id).where(reads, jobs.status.not_in(FINISHED)).limit(1)).scalar()
+    query = select(batches.id).where(batches.input_file_id == file_id, batches.status.not_in(OVER)).limit(1)
+    return job or c.execute(query).scalar()
+
+
+def _older(folder: Path, than: float) -> list[Path]:
+    found = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and path.stat().st_mtime < than:
+                found.append(path)
+    return found
 
 
 def too_large(limit_bytes: int) -> errors.ApiError:

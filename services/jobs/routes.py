@@ -1,6 +1,6 @@
 """The public routes of the jobs service. What a file, a job or a batch is stands elsewhere."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.responses import FileResponse
@@ -10,7 +10,7 @@ from common import errors
 from common.serving import Owner
 from services.jobs.aliases import NAME, PutAlias, public
 from services.jobs.batch import CreateBatch
-from services.jobs.files import UPLOADS, page, too_large
+from services.jobs.files import UPLOADS, page
 from services.jobs.tuning import CreateJob
 
 MULTIPART_OVERHEAD_BYTES = 64 * 1024
@@ -32,12 +32,10 @@ def add_files(api: FastAPI) -> None:
     @api.post("/v1/files")
     async def upload(request: Request, who: Owner) -> dict[str, object]:
         """A multipart form: `file` and `purpose`."""
-        limit = request.app.state.max_file_bytes
         length = request.headers.get("content-length", "")
         if not length.isdigit():
             raise errors.InvalidRequest("The upload needs a Content-Length.", code="length_required")
-        if int(length) > limit + MULTIPART_OVERHEAD_BYTES:
-            raise too_large(limit)
+        await request.app.state.files.admit(who, max(0, int(length) - MULTIPART_OVERHEAD_BYTES))
         async with request.form(max_files=1, max_fields=8) as form:
             file, purpose = form.get("file"), form.get("purpose")
             if not isinstance(file, UploadFile):
@@ -56,7 +54,7 @@ def add_files(api: FastAPI) -> None:
         purpose: str | None = None,
         after: After = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
-        order: str = "desc",
+        order: Literal["asc", "desc"] = "desc",
     ) -> dict[str, object]:
         found = [file.public() for file in await request.app.state.files.owned(who) if purpose in (None, file.purpose)]
         return page(found[::-1] if order == "asc" else found, after, limit)
@@ -72,9 +70,8 @@ def add_files(api: FastAPI) -> None:
 
     @api.delete("/v1/files/{file_id}")
     async def delete(request: Request, who: Owner, file_id: str) -> dict[str, object]:
-        file = await request.app.state.files.get(file_id, who)
-        await request.app.state.files.delete(file)
-        return {"id": file.id, "object": "file", "deleted": True}
+        await request.app.state.files.delete(file_id, who)
+        return {"id": file_id, "object": "file", "deleted": True}
 
 
 def add_tuning(api: FastAPI) -> None:
@@ -141,8 +138,7 @@ def add_batches(api: FastAPI) -> None:
 
     @api.post("/v1/batches/{batch_id}/cancel")
     async def cancel_batch(request: Request, who: Owner, batch_id: str) -> dict[str, object]:
-        batches = request.app.state.batches
-        return dict((await batches.cancel(await batches.get(batch_id, who))).public())
+        return dict((await request.app.state.batches.cancel(batch_id, who)).public())
 
 
 def add_models(api: FastAPI) -> None:

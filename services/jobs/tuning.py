@@ -8,27 +8,23 @@ https://platform.openai.com/docs/api-reference/fine-tuning
                           └──────┘
 """
 
-import asyncio
-import json
 import secrets
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
-from loguru import logger
 from pydantic import BaseModel, ConfigDict, Field
 from redis.asyncio import Redis
+from sqlalchemy import Connection, Table, select
 
 from common import errors
 from common.adapters import read_registry
+from common.database import Database
 from common.files import is_id, new_id
-from common.jobstore import FINISHED, MAX_EVENTS, Job, Status, event, invalid_file, move, pack, problem_events, unpack
-from common.redis.names import ADAPTERS, FT_QUEUE, checkpoints_key, events_key, job_key, jobs_key
-from common.tasks import end_tasks
-from services.jobs.files import Files
+from common.redis.names import ADAPTERS
+from common.tuning import FINISHED, MAX_EVENTS, Job, Status, event
+from services.jobs import tables
+from services.jobs.files import find
 
 Auto = Literal["auto"]
 
@@ -77,13 +73,15 @@ class CreateJob(BaseModel):
 class Tuning:
     """Fine-tuning jobs of all owners. `base_models` says which models can be tuned now."""
 
-    def __init__(self, redis: Redis, files: Files, base_models: Callable[[], frozenset[str]], max_waiting: int) -> None:
-        self._redis, self._files, self._base_models = redis, files, base_models
-        self._max_waiting = max_waiting
-        self._checks: set[asyncio.Task[None]] = set()
+    def __init__(
+        self, database: Database, redis: Redis, base_models: Callable[[], frozenset[str]], max_waiting: int,
+        on_create: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._database, self._redis, self._base_models = database, redis, base_models
+        self._max_waiting, self._on_create = max_waiting, on_create
 
     async def create(self, asked: CreateJob, owner: str) -> Job:
-        """Write a job down and start checking its files."""
+        """Write a job down; its files are checked next."""
         known = self._base_models()
         if not known:
             raise errors.Unavailable("No worker is ready, so no model can be tuned yet.", retry_after_s=5)
@@ -92,17 +90,6 @@ class Tuning:
                 f"The model {asked.model!r} cannot be tuned. There are: {', '.join(sorted(known))}.",
                 param="model",
                 code="model_not_found",
-            )
-        for param, file_id in (("training_file", asked.training_file), ("validation_file", asked.validation_file)):
-            if file_id is not None and (await self._files.get(file_id, owner, param)).purpose != "fine-tune":
-                raise errors.InvalidRequest(
-                    f"The file {file_id!r} was not uploaded with purpose 'fine-tune'.", param=param
-                )
-        waiting = sum(job.status not in FINISHED for job in await self.owned(owner))
-        if waiting >= self._max_waiting:
-            raise errors.InvalidRequest(
-                f"{waiting} jobs are not finished yet (MAX_WAITING_JOBS={self._max_waiting}); wait or cancel some.",
-                code="too_many_jobs",
             )
         chosen = (asked.method.supervised.hyperparameters if asked.method else None) or asked.hyperparameters
         job = Job(
@@ -118,39 +105,47 @@ class Tuning:
             hyperparameters=(chosen or Hyperparameters()).model_dump(),
             metadata=asked.metadata,
         )
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(job_key(job.id), mapping=pack(msgspec.to_builtins(job)))
-            pipe.zadd(jobs_key(owner), {job.id: time.time()})
-            pipe.rpush(events_key(job.id), event(f"Created fine-tuning job: {job.id}"))
-            await pipe.execute()
-        self._check_soon(job)
+        await self._database.run(lambda c: self._begin(c, job))
+        self._on_create()
         return job
+
+    def _begin(self, c: Connection, job: Job) -> None:
+        for param, file_id in (("training_file", job.training_file), ("validation_file", job.validation_file)):
+            if file_id is not None and find(c, file_id, job.owner, param).purpose != "fine-tune":
+                raise errors.InvalidRequest(
+                    f"The file {file_id!r} was not uploaded with purpose 'fine-tune'.", param=param
+                )
+        jobs = tables.jobs.c
+        waiting = tables.count(c, tables.jobs, jobs.owner == job.owner, jobs.status.not_in(FINISHED))
+        if waiting >= self._max_waiting:
+            raise errors.InvalidRequest(
+                f"{waiting} jobs are not finished yet (MAX_WAITING_JOBS={self._max_waiting}); wait or cancel some.",
+                code="too_many_jobs",
+            )
+        tables.add(c, tables.jobs, job)
+        tables.say(c, job.id, [event(f"Created fine-tuning job: {job.id}")])
+        tables.forget_old(c, tables.jobs, job.owner, FINISHED)
 
     async def get(self, job_id: str, owner: str) -> Job:
         """A job of this owner. Raises NotFound."""
-        raw = await self._redis.hgetall(job_key(job_id)) if is_id(job_id, "ftjob") else {}
-        if not raw or (job := unpack(raw, Job)).owner != owner:
+        job = None
+        if is_id(job_id, "ftjob"):
+            job = await self._database.run(lambda c: tables.find(c, tables.jobs, Job, job_id, owner))
+        if job is None:
             raise errors.NotFound(f"There is no fine-tuning job {job_id!r}.", code="job_not_found")
         return job
 
     async def owned(self, owner: str) -> list[Job]:
         """An owner's jobs, newest first."""
-        ids = await self._redis.zrevrange(jobs_key(owner), 0, -1)
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for job_id in ids:
-                pipe.hgetall(job_key(str(job_id)))
-            return [unpack(raw, Job) for raw in await pipe.execute() if raw]
+        return await self._database.run(lambda c: tables.listed(c, tables.jobs, Job, owner))
 
     async def cancel(self, job: Job) -> Job:
         """At once, or as soon as the trainer hears of it."""
+        over = {"status": "cancelled", "finished_at": int(time.time()), "wish": ""}
         return await self._change(
             job,
             [
-                (
-                    ("validating_files", "queued", "paused"),
-                    {"status": "cancelled", "finished_at": int(time.time())},
-                    "cancelled",
-                ),
+                (("validating_files", "queued", "paused"), over, "cancelled"),
                 (("running",), {"wish": "cancel"}, "cancelling"),
             ],
         )
@@ -167,15 +162,20 @@ class Tuning:
 
     async def resume(self, job: Job) -> Job:
         """Back to the end of the queue."""
-        return await self._change(job, [(("paused",), {"status": "queued", "wish": ""}, "resumed")], queue=True)
+        queued = {"status": "queued", "wish": "", "queued_at": time.time(), "attempts": 0}
+        return await self._change(job, [(("paused",), queued, "resumed")])
 
     async def events(self, job: Job) -> list[dict[str, Any]]:
         """Newest first."""
-        return [json.loads(raw) for raw in await self._redis.lrange(events_key(job.id), -MAX_EVENTS, -1)][::-1]
+        return await self._bodies(tables.job_events, job)
 
     async def checkpoints(self, job: Job) -> list[dict[str, Any]]:
         """Newest first."""
-        return [json.loads(raw) for raw in await self._redis.lrange(checkpoints_key(job.id), 0, -1)][::-1]
+        return await self._bodies(tables.checkpoints, job)
+
+    async def _bodies(self, table: Table, job: Job) -> list[dict[str, Any]]:
+        query = select(table.c.body).where(table.c.job_id == job.id).order_by(table.c.n.desc()).limit(MAX_EVENTS)
+        return await self._database.run(lambda c: list(c.execute(query).scalars()))
 
     async def delete_model(self, name: str, owner: str) -> None:
         """Take a tuned model out of the registry: within seconds no worker has it. Raises NotFound."""
@@ -186,95 +186,21 @@ class Tuning:
             )
         await self._redis.hdel(ADAPTERS, name)
 
-    async def check_again(self) -> None:
-        """Start the checks that a crash of this service interrupted."""
-        async for key in self._redis.scan_iter(match=job_key("*"), count=1000):
-            if (job := unpack(await self._redis.hgetall(key), Job)).status == "validating_files":
-                self._check_soon(job)
-
-    async def close(self) -> None:
-        """Checks are begun again at the next start."""
-        await end_tasks(self._checks)
-
-    async def _change(
-        self, job: Job, ways: list[tuple[tuple[Status, ...], dict[str, Any], str]], *, queue: bool = False
-    ) -> Job:
-        """The first way whose states fit. Raises InvalidRequest when none does."""
-        status: str = job.status
-        for allowed, fields, word in ways:
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.eval(*move(job.id, allowed, **fields))
-                if queue:  # a trainer skips what is not queued, so pushing too much does no harm
-                    pipe.lpush(FT_QUEUE, job.id)
-                status = str((await pipe.execute())[0])
-            if status == "ok":
-                await self._redis.rpush(events_key(job.id), event(f"The job is {word}."))
-                return await self.get(job.id, job.owner)
-        raise errors.InvalidRequest(f"The job {job.id} is {status}; that cannot be done now.", code="wrong_state")
-
     async def queued(self) -> int:
         """Jobs that wait for a trainer."""
-        return len(await self._redis.lrange(FT_QUEUE, 0, -1))
+        return await self._database.run(lambda c: tables.count(c, tables.jobs, tables.jobs.c.status == "queued"))
 
-    def _check_soon(self, job: Job) -> None:
-        task = asyncio.create_task(self._check(job))
-        self._checks.add(task)
-        task.add_done_callback(self._checks.discard)
+    async def _change(self, job: Job, ways: list[tuple[tuple[Status, ...], dict[str, Any], str]]) -> Job:
+        """The first way whose states fit. Raises InvalidRequest when none does."""
 
-    async def _check(self, job: Job) -> None:
-        """Read the files in a process of their own; then queue the job, or fail it with everything that is wrong."""
-        try:
-            paths = [
-                self._files.path(await self._files.get(i, job.owner))
-                for i in (job.training_file, job.validation_file)
-                if i
-            ]
-            report = await run_check(paths)
-        except errors.NotFound as error:
-            report = {
-                "problems": [{"param": "training_file", "code": "file_not_found"}],
-                "summary": error.message,
-                "warnings": [],
-            }
-        except Exception:
-            logger.exception("a training file could not be checked", job=job.id)
-            report = {
-                "problems": [{"param": "training_file", "code": "check_failed"}],
-                "warnings": [],
-                "summary": "The file could not be checked; the log of the jobs service says why.",
-            }
-        problems, lines = report["problems"], [event(text, "warn") for text in report["warnings"]]
-        if not problems:
-            lines.append(event("Files validated, moving job to queued state"))
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.eval(*move(job.id, ("validating_files",), status="queued"))
-                pipe.rpush(events_key(job.id), *lines)
-                pipe.lpush(FT_QUEUE, job.id)
-                await pipe.execute()
-            return
-        lines += problem_events(problems)
-        await self._redis.rpush(events_key(job.id), *lines)
-        await self._redis.eval(
-            *move(
-                job.id,
-                ("validating_files",),
-                status="failed",
-                finished_at=int(time.time()),
-                error=invalid_file(problems, report["summary"]),
-            )
-        )
+        def change(c: Connection) -> str:
+            status: str = job.status
+            for allowed, fields, word in ways:
+                if (status := tables.move(c, tables.jobs, job.id, allowed, **fields)) == "ok":
+                    tables.say(c, job.id, [event(f"The job is {word}.")])
+                    break
+            return status
 
-
-async def run_check(paths: list[Path]) -> dict[str, Any]:
-    """`services.jobs.check` on files. Raises RuntimeError when it fails."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.jobs.check", *map(str, paths), stdout=asyncio.subprocess.PIPE
-    )
-    try:
-        out, _ = await process.communicate()
-    except asyncio.CancelledError:
-        process.kill()
-        raise
-    if process.returncode:
-        raise RuntimeError(f"services.jobs.check ended with {process.returncode}")
-    return dict(json.loads(out))
+        if (status := await self._database.run(change)) != "ok":
+            raise errors.InvalidRequest(f"The job {job.id} is {status}; that cannot be done now.", code="wrong_state")
+        return await self.get(job.id, job.owner)

@@ -67,7 +67,8 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
              secrets=("redis_password", "worker_token", "service_token", "cache_secret", "answer_secret")),
         ours("jobs", dials, ["--port", str(ports.jobs)], {
             "GATEWAY_URL": f"http://127.0.0.1:{ports.inner}", "FILES_DIR": str(dials.state / "files"),
-        }, secrets=("redis_password", "service_token")),
+            "DATABASE_URL": os.environ.get("JOBS_DATABASE_URL") or f"sqlite:///{dials.state.resolve()}/jobs.db",
+        }, secrets=("redis_password", "service_token", "trainer_token")),
         ours("ledger", dials, ["--port", str(ports.ledger)], {
             "GPU_EXPORTER_URL": f"http://127.0.0.1:{ports.gpu_exporter}",
             "PROMETHEUS_URL": f"http://127.0.0.1:{ports.prometheus}" if prometheus else "",
@@ -135,11 +136,13 @@ def trainer(dials: Dials, ports: Ports) -> Program:
     """The trainer."""
     return ours("trainer", dials, env={
         "MODEL": dials.model,
+        "SERVED_MODEL_NAME": dials.model_name,
+        "JOBS_URL": f"http://127.0.0.1:{ports.jobs}",
         "FILES_DIR": str(dials.state / "files"),
         "RUNS_DIR": str(dials.state / "runs"),
         "ADAPTERS_DIR": str(dials.state / "adapters"),
         "TRAINER_METRICS_PORT": str(ports.trainer),
-    }, secrets=("redis_password", "worker_token"), stop_s=15)
+    }, secrets=("redis_password", "worker_token", "trainer_token"), stop_s=15)
 
 
 def prometheus_server(program: str, dials: Dials, ports: Ports) -> Program:

@@ -5,8 +5,8 @@ One folder per reader, so that a container mounts nothing it does not need:
     DIR/nginx        worker_token
     DIR/gateway      redis_password  worker_token  service_token  cache_secret  answer_secret
     DIR/worker       redis_password  worker_token  answer_secret  kv_secret
-    DIR/jobs         redis_password  service_token
-    DIR/trainer      redis_password  worker_token
+    DIR/jobs         redis_password  service_token  trainer_token
+    DIR/trainer      redis_password  worker_token  trainer_token
     DIR/ledger       redis_password
     DIR/monitor      redis_password  redis_passwords.json  admin_password   (redis exporter, Grafana)
     DIR/redis        users.acl  cache.acl       (digests only)
@@ -30,30 +30,29 @@ user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage ~flushed
 resetchannels &workers -@all +ping +hello +multi +exec +discard +get +set +del +exists +sadd +srem \
 +hset +hdel +hgetall +xadd \
 +publish +eval
-user jobs on #{jobs} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~file:* ~files:* ~ftjob:* \
-~ftjobs:* ~ftqueue ~ftevents:* ~ftcheckpoints:* ~adapters ~aliases ~bt:* ~bts:* ~btactive \
-resetchannels &workers &keys &aliases -@all +ping +hello +multi +exec +discard +get +set +del +exists +mget \
-+scan +smembers +sadd +srem +hset +hget +hgetall +hdel +zadd +zrem +zcard +zrevrange +rpush +lpush +lrange \
-+xread +xrange +xrevrange +publish +subscribe +unsubscribe +eval
+user jobs on #{jobs} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~adapters ~aliases ~file:* ~files:* ~ftjob:* \
+~ftjobs:* ~ftqueue ~fttaken ~ftlease:* ~ftevents:* ~ftcheckpoints:* ~bt:* ~bts:* ~btactive \
+resetchannels &workers &keys &aliases -@all +ping +hello +multi +exec +discard +get +del +mget +scan +smembers \
++hget +hset +hgetall +hdel +lrange +xread +xrange +xrevrange +publish +subscribe +unsubscribe +eval
 user ledger on #{ledger} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~used:* ~ledger:* \
 resetchannels &workers &keys -@all +ping +hello +get +set +mget +smembers +hgetall +hincrby +incrbyfloat +expire \
 +xread +subscribe +unsubscribe +eval
 user monitor on #{monitor} resetkeys resetchannels -@all +ping +hello +info +config|get +slowlog|len +slowlog|get \
 +latency|latest +latency|histogram +client|list +client|setname
-user trainer on #{trainer} resetkeys %R~worker:* %R~workers ~file:* ~files:* ~ftjob:* ~ftqueue ~fttaken ~ftlease:* \
-~ftevents:* ~ftcheckpoints:* ~adapters resetchannels -@all +ping +hello +multi +exec +discard +get +set +del +mget \
-+smembers +hget +hset +hgetall +hsetnx +zadd +rpush +lrange +lrem +ltrim +blmove +eval
+user trainer on #{trainer} resetkeys %R~worker:* %R~workers ~adapters resetchannels -@all +ping +hello +mget +smembers \
++hget +hgetall +hsetnx +hdel
 """
 """Each service may do what it does and nothing else; `health` may only PING. `default` is off, so nobody is ever that
 user, but keeps its rights: redis 7.0 replays the AOF as `default`, and without them it drops every transaction and
 script at the next start."""
 SERVICES = ("gateway", "worker", "jobs", "trainer", "ledger", "monitor")
 SHARED = {
-    "worker_token": ("nginx", "worker", "trainer"),
-    "service_token": ("jobs",),
-    "answer_secret": ("worker",),
+    "worker_token": ("gateway", "nginx", "worker", "trainer"),
+    "service_token": ("gateway", "jobs"),
+    "answer_secret": ("gateway", "worker"),
+    "trainer_token": ("jobs", "trainer"),
 }
-"""Secrets that the gateway has and others as well."""
+"""Secrets of several."""
 CACHE_ACL = """\
 user default off resetpass resetkeys resetchannels -@all
 user health on nopass resetkeys resetchannels -@all +ping
@@ -87,7 +86,7 @@ def make(root: Path) -> None:
     passwords = {who: ensure(root / who / "redis_password") for who in SERVICES}
     for name, readers in SHARED.items():
         for who in readers:
-            ensure(root / who / name, ensure(root / "gateway" / name))
+            ensure(root / who / name, ensure(root / readers[0] / name))
     digests = {who: sha256(password.encode()).hexdigest() for who, password in passwords.items()}
     ensure(root / "gateway" / "cache_secret")
     ensure(root / "worker" / "kv_secret")

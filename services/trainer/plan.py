@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+from common.files import replace
+
 STEPS_AIMED_AT = 180
 EPOCHS = (3, 10)
 VALIDATION_SHARE = 0.1
@@ -88,6 +90,8 @@ class Folder:
         self.lock = root / "lock"
         self.prompts = root / "prompts.json"
         """Prompts as trained, to be compared with the server's."""
+        self.compared = root / "compared"
+        """Exists once they were, and were the same."""
         self.pause = root / "pause"
         """While this file exists the run stops at its next step, resumable."""
 
@@ -99,4 +103,4 @@ def write_json(path: Path, value: object) -> None:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace(partial, path)

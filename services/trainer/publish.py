@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import msgspec
 from redis import Redis
 
 from common.adapters import Adapter
+from common.files import sync_folder
 from common.redis.names import ADAPTERS, WORKERS, worker_key
 from common.workers import Heartbeat
 
@@ -40,16 +41,18 @@ def check_loss(result: dict[str, float]) -> None:
         )
 
 
-def check_tokens(prompts: Iterable[dict[str, Any]], workers: list[Heartbeat], base: str, token: str) -> int:
+def check_tokens(
+    prompts: Iterable[dict[str, Any]], address: str, base: str, token: str, still: Callable[[], None]
+) -> int:
     """What was trained on is what the server sends to the model, token by token. Returns how many were compared.
 
-    `prompts`: {"messages", "tools", "tokens"}. Raises Refused, or httpx.HTTPError when the worker does not answer.
+    `prompts`: {"messages", "tools", "tokens"}; `address`: a worker's. `still()` is called before each.
+    Raises Refused, or httpx.HTTPError when the worker does not answer.
     """
     compared = 0
-    with httpx.Client(
-        base_url=f"http://{workers[0].address}", headers={"authorization": f"Bearer {token}"}, timeout=30
-    ) as http:
+    with httpx.Client(base_url=f"http://{address}", headers={"authorization": f"Bearer {token}"}, timeout=10) as http:
         for prompt in prompts:
+            still()
             answer = http.post(
                 "/tokenize",
                 json={
@@ -86,6 +89,17 @@ def ready_workers(redis: Redis, model: str) -> list[Heartbeat]:
     return [beat for beat in beats if beat.state == "ready" and any(m.id == model for m in beat.models)]
 
 
+def await_worker(redis: Redis, model: str, still: Callable[[], None]) -> Heartbeat:
+    """A worker that serves a model. `still()` is called again and again. Raises Refused after WORKER_PATIENCE_S."""
+    deadline = time.monotonic() + WORKER_PATIENCE_S
+    while not (workers := ready_workers(redis, model)):
+        if time.monotonic() > deadline:
+            raise Refused("no_worker", f"No worker was ready within {WORKER_PATIENCE_S:g} s to check the model with.")
+        still()
+        time.sleep(0.5)
+    return workers[0]
+
+
 def place(source: Path, folder: Path) -> str:
     """Copy an adapter to where workers read it, all of it or nothing. Returns its digest."""
     digest = hashlib.sha256()
@@ -101,7 +115,9 @@ def place(source: Path, folder: Path) -> str:
             os.fsync(file.fileno())
         (partial / name).chmod(0o644)
     if not folder.exists():  # else a crash came between this and the registry: the run is the same
+        sync_folder(partial)
         os.rename(partial, folder)
+        sync_folder(folder.parent)
     shutil.rmtree(partial, ignore_errors=True)
     return digest.hexdigest()
 
@@ -114,7 +130,12 @@ def register(redis: Redis, adapter: Adapter) -> None:
             raise Refused("name_taken", f"There is another model with the name {adapter.name!r}.")
 
 
-def wait_until_served(redis: Redis, adapter: Adapter, still: Any) -> int:
+def withdraw(redis: Redis, adapter: Adapter) -> None:
+    """Take back what `register` did."""
+    redis.hdel(ADAPTERS, adapter.name)
+
+
+def wait_until_served(redis: Redis, adapter: Adapter, still: Callable[[], None]) -> int:
     """Until every worker that is ready has it, or LOAD_PATIENCE_S have passed. Returns how many have it.
 
     `still()` is called again and again. Raises Refused when no worker could load it.

@@ -38,21 +38,21 @@ from services.trainer.plan import (
 MAX_REPORTED = 1000
 PROMPTS_COMPARED = 16
 
-def read(path: Path, **limits: int) -> dataset.Dataset:
+def read(path: Path, min_examples: int = dataset.MIN_EXAMPLES) -> dataset.Dataset:
     """A file's examples and problems."""
     with open(path, "rb") as lines:
-        return dataset.read(lines, **limits)
+        return dataset.read(dataset.open_lines(lines), min_examples=min_examples)
 
 
 def split(found: dataset.Dataset, seed: int) -> tuple[dataset.Dataset, dataset.Dataset]:
-    """(training, validation): a tenth held out by a hash of each row and the seed; equal rows stay together."""
+    """(training, validation): a tenth held out by a hash of each row and the seed; equal rows stay together, as one."""
 
     def place(example: dataset.Example) -> str:
-        return hashlib.sha256(f"{seed} {example.fingerprint}".encode()).hexdigest()
+        return hashlib.sha256(f"{seed} {example.fingerprint.hex()}".encode()).hexdigest()
 
     fewest, most = VALIDATION_ROWS
-    wanted = min(max(fewest, round(len(found.examples) * VALIDATION_SHARE)), most, len(found.examples) // 2)
-    bound = sorted(map(place, found.examples))[wanted]
+    places = sorted(set(map(place, found.examples)))
+    bound = places[min(max(fewest, round(len(places) * VALIDATION_SHARE)), most, len(places) // 2)]
     held = [example for example in found.examples if place(example) < bound]
     kept = [example for example in found.examples if place(example) >= bound]
     return dataset.Dataset(kept), dataset.Dataset(held)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from common.settings import StateSettings, read_secret
+from common.settings import StateSettings, read_secret, served_name
 
 
 class TrainerSettings(StateSettings):
@@ -13,7 +13,10 @@ class TrainerSettings(StateSettings):
 
     redis_user: str = "trainer"
     worker_token_file: Path
+    trainer_token_file: Path
+    jobs_url: str = Field(pattern=r"^http://", description="the jobs service, which leases jobs to this one")
     model: str = Field(description="the checkpoint folder the workers serve")
+    served_model_name: str = Field("", description="the name clients use; default: the last part of MODEL")
     files_dir: Path
     runs_dir: Path = Field(description="one folder a job: plan, checkpoints, log, run.json")
     adapters_dir: Path = Field(description="published adapters; workers read it")
@@ -26,3 +29,13 @@ class TrainerSettings(StateSettings):
     def worker_token(self) -> str:
         """The token workers ask for."""
         return read_secret(self.worker_token_file)
+
+    @cached_property
+    def trainer_token(self) -> str:
+        """By which the jobs service knows the trainer."""
+        return read_secret(self.trainer_token_file)
+
+    @property
+    def served_name(self) -> str:
+        """The base model's public name, as the workers have it."""
+        return served_name(self.served_model_name, self.model)

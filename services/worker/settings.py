@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.settings import CACHE_URL, StateSettings, read_secret
+from common.settings import CACHE_URL, StateSettings, read_secret, served_name
 
 
 class WorkerSettings(StateSettings):
@@ -82,7 +82,7 @@ class WorkerSettings(StateSettings):
     @property
     def served_name(self) -> str:
         """The model's public name."""
-        return self.served_model_name or Path(self.model).name.lower()
+        return served_name(self.served_model_name, self.model)
 
     @property
     def extra_args(self) -> list[str]:

@@ -1,17 +1,21 @@
-"""Fine-tuning jobs as the jobs service (async) and the trainer (sync) both see them: types, and how they are stored."""
+"""Fine-tuning jobs as the jobs service and the trainer both see them, and what the two say to each other.
 
-import json
+The trainer asks (POST, JSON, `Authorization: Bearer` with the trainer's token; nginx lets nobody else in):
+
+    /internal/tuning/lease           Wanted -> Leased, or 204: nothing to do
+    /internal/tuning/jobs/{id}       Report -> Wish; 409: the job is somebody else's now
+    /internal/tuning/jobs/{id}/end   End    -> Wish: what was wished meanwhile, and the job has not ended; else ended
+    /internal/tuning/unfinished      -> the ids of all jobs that are not over
+"""
+
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
-from common.files import new_id
-from common.redis.names import job_key
-from common.redis.scripts import MOVE
+from common.files import File, new_id
 
-LEASE_MS = 15_000
+LEASE_S = 15.0
 MAX_EVENTS = 20_000
 MAX_ERROR_EVENTS = 1000
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -67,51 +71,64 @@ class Job(msgspec.Struct, kw_only=True):
         }
 
 
-def pack(fields: dict[str, Any]) -> dict[Any, Any]:
-    """A job's fields as redis stores them: JSON, but `status` and `wish` plain, for the scripts to compare."""
-    return {name: value if name in ("status", "wish") else json.dumps(value) for name, value in fields.items()}
+class Wanted(msgspec.Struct):
+    """A trainer asks for work."""
+
+    model: str
+    """The base it trains, by the name that clients use."""
 
 
-Kind = TypeVar("Kind", bound=msgspec.Struct)
+class Leased(msgspec.Struct):
+    """A job in work. `token` proves it, until somebody else has it."""
+
+    job: Job
+    token: str
 
 
-def unpack(raw: Mapping[Any, Any], kind: type[Kind]) -> Kind:
-    """A job or batch from its hash. Raises KeyError for an empty one."""
-    if not raw:
-        raise KeyError("there is no such thing in redis")
-    return msgspec.convert({n: v if n in ("status", "wish") else json.loads(v) for n, v in raw.items()}, kind)
+class Report(msgspec.Struct):
+    """What a run has said since the last report. Renews the lease."""
+
+    token: str
+    number: int
+    """Of this lease; a report that is sent twice is taken once."""
+    events: list[dict[str, Any]] = []
+    checkpoints: list[dict[str, Any]] = []
+    hyperparameters: dict[str, Any] | None = None
+    estimated_finish: int | None = None
 
 
-def move_key(key: str, allowed: Iterable[str], **fields: Any) -> tuple[Any, ...]:
-    """Arguments of EVAL that set fields if what lives at `key` is in an allowed state.
+class End(msgspec.Struct):
+    """The lease ends: with the job, or ("paused", "running") before it. "running": whoever comes next goes on."""
 
-    EVAL then says 'ok', else the state it is in ('' for nothing there).
-    """
-    flat = [word for pair in pack(fields).items() for word in pair]
-    return MOVE, 1, key, f"|{'|'.join(allowed)}|", *flat
-
-
-def move(job_id: str, allowed: tuple[Status, ...], **fields: Any) -> tuple[Any, ...]:
-    """`move_key` for a fine-tuning job."""
-    return move_key(job_key(job_id), allowed, **fields)
+    token: str
+    status: Literal["succeeded", "failed", "cancelled", "paused", "running"]
+    error: dict[str, Any] | None = None
+    fine_tuned_model: str | None = None
+    trained_tokens: int | None = None
+    file: File | None = None
+    """A file of results, whose bytes are in place."""
 
 
-def event(message: str, level: str = "info", data: dict[str, Any] | None = None) -> str:
-    """One event as it is stored; with `data` a metrics event."""
-    return json.dumps(
-        {
-            "id": new_id("ftevent"),
-            "object": "fine_tuning.job.event",
-            "created_at": int(time.time()),
-            "level": level,
-            "message": message,
-            "type": "metrics" if data is not None else "message",
-            "data": data,
-        }
-    )
+class Wish(msgspec.Struct):
+    """What the job's owner wants of it."""
+
+    wish: Literal["", "cancel", "pause"] = ""
 
 
-def problem_events(problems: list[dict[str, Any]]) -> list[str]:
+def event(message: str, level: str = "info", data: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One event in OpenAI's shape; with `data` a metrics event."""
+    return {
+        "id": new_id("ftevent"),
+        "object": "fine_tuning.job.event",
+        "created_at": int(time.time()),
+        "level": level,
+        "message": message,
+        "type": "metrics" if data is not None else "message",
+        "data": data,
+    }
+
+
+def problem_events(problems: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One event a problem, so that every bad line is named."""
     shown = [
         event(

@@ -1,0 +1,275 @@
+"""One batch, from whatever state it is in to its end.
+
+A result is a row of the database before it is counted, and each line has one. After a crash the lines that have theirs
+are not asked again; all others are. Requests go in by the gateway's door (`front_door.py`), in their owner's name.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from loguru import logger
+from redis.asyncio import Redis
+from sqlalchemy import Connection, delete
+
+from common.auth import HOUSE
+from common.database import Database
+from common.files import File
+from common.tasks import end_tasks
+from services.jobs import batch_input, tables
+from services.jobs.batch import Batch
+from services.jobs.batch_paid import Paid
+from services.jobs.batch_results import EXPIRED, UNREADABLE, Result, Results, row
+from services.jobs.files import Files
+from services.jobs.front_door import Answer
+from services.jobs.leases import LeaseLost
+from services.jobs.metrics import JobsMetrics
+
+MAX_TRIES = 4
+RETRY_S = 0.5
+WRITE_EVERY_S = 0.1
+POLL_S = 0.1
+RETRIED = (429, 502, 503, 504)
+MAX_UNWRITTEN = 1000
+"""Results that wait for the database; until it takes them, no further request starts."""
+MAX_ATTEMPTS = 5
+"""A batch that takes this service down so often without a single result is given up."""
+
+Ask = Callable[[str, bytes, str, str, str], Awaitable[Answer]]
+"""(endpoint, body, owner, request id, who pays instead) -> the answer."""
+Ends = Literal["completed", "expired", "cancelled", "failed"]
+
+
+@dataclass
+class Means:
+    """What all runs share. `room` says whether one more request may start, with so many in flight."""
+
+    database: Database
+    files: Files
+    redis: Redis
+    ask: Ask
+    models: Callable[[], set[str]]
+    room: Callable[[int], bool]
+    metrics: JobsMetrics
+    in_flight: int = 0
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class BatchRun:
+    """A batch that this process has leased with `token`. Its owner cancels with `cancelled`."""
+
+    def __init__(self, batch: Batch, means: Means, token: str) -> None:
+        self._batch, self._means, self._token = batch, means, token
+        self._paid = Paid(means.redis, batch)
+        self._results = Results(means.database, batch, token)
+        self.cancelled = batch.status == "cancelling"
+        self.lost = False
+        self.waiting = 0
+        """Lines that nobody has asked yet."""
+
+    async def run(self, attempts: int = 1) -> None:
+        """To the end. Raises OSError and RedisError: later again; LeaseLost."""
+        batch = self._batch
+        if attempts > MAX_ATTEMPTS and not batch.ends:
+            text = f"This batch ended the service {MAX_ATTEMPTS} times without a result; its log says why."
+            await self._settle("failed", errors=[batch_input.problem(None, "given_up", text)])
+        elif batch.in_progress_at is None and not batch.ends and not await self._validate():
+            return
+        lines: list[batch_input.Line] = []
+        if batch.ends in ("", "expired"):
+            lines, problems, _ = await self._read(None)
+            answered = await asyncio.to_thread(self._results.lines)
+            lines = [line for line in lines if line.number not in answered]
+            if problems:  # the disk has lost it
+                await self._settle("failed", errors=problems)
+        if not batch.ends:
+            await self._paid.look()
+            lines = await self._answer(lines)
+            await self._settle(self._interrupted() or "completed")
+        if batch.ends == "expired":
+            for line in lines:
+                self._results.add(Result(line.number, False, row(batch.id, line, error=EXPIRED)))
+        await self._write_all()
+        await self._finish()
+
+    async def _read(self, models: set[str] | None) -> batch_input.Found:
+        """The input file. Without `models` any will do: later, one may only be away for a moment."""
+        try:
+            return await asyncio.to_thread(batch_input.check, self._source, self._batch.endpoint, models)
+        except FileNotFoundError:
+            gone = batch_input.problem(None, "file_not_found", "The bytes of the file are gone.", "input_file_id")
+            return batch_input.Found([], [gone], set())
+
+    @property
+    def _source(self) -> Path:
+        return self._means.files.folder / self._batch.input_file_id  # nobody deletes it before this is over
+
+    def _interrupted(self) -> Literal["", "cancelled", "expired"]:
+        if self.cancelled:
+            return "cancelled"
+        return "expired" if time.time() > self._batch.expires_at else ""
+
+    # --- validating ----------------------------------------------------------------------------
+
+    async def _validate(self) -> bool:
+        """Read the file. False: that was its end."""
+        while not (models := self._means.models()) and not self._interrupted():  # noqa: ASYNC110 - no news of it
+            await asyncio.sleep(POLL_S)
+        if not (ended := self._interrupted()):
+            found, problems, used = await self._read(models)
+            now = int(time.time())
+            fields: dict[str, Any]
+            if problems:
+                fields = {"status": "failed", "failed_at": now, "errors": problems, "leased_until": 0.0}
+            else:
+                model = used.pop() if len(used) == 1 else None
+                fields = {"status": "in_progress", "in_progress_at": now, "total": len(found), "model": model}
+            if await self._move(("validating",), **fields) == "ok":
+                if problems:
+                    self._means.metrics.ended.labels("failed").inc()
+                else:
+                    self._paid = Paid(self._means.redis, self._batch)
+                return not problems
+            ended = "cancelled"
+        await self._move(
+            ("validating", "cancelling"), status=ended, leased_until=0.0, **{f"{ended}_at": int(time.time())}
+        )
+        self._means.metrics.ended.labels(ended).inc()
+        return False
+
+    # --- in_progress ---------------------------------------------------------------------------
+
+    async def _answer(self, lines: list[batch_input.Line]) -> list[batch_input.Line]:
+        """Ask every line, as there is room. Returns those that were not asked before it was cancelled or expired."""
+        means, waiting = self._means, lines[::-1]
+        writing = asyncio.create_task(self._write())
+        try:
+            async with asyncio.TaskGroup() as group:
+                while waiting and not self._interrupted() and not self.lost:
+                    while waiting and means.room(means.in_flight) and self._results.waiting < MAX_UNWRITTEN:
+                        task = group.create_task(self._one(waiting.pop()))
+                        means.in_flight += 1
+                        task.add_done_callback(self._free)
+                    self.waiting = len(waiting)
+                    means.freed.clear()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(POLL_S):
+                            await means.freed.wait()
+        finally:
+            self.waiting = 0
+            await end_tasks([writing])
+            with contextlib.suppress(OSError, LeaseLost):
+                await asyncio.to_thread(self._results.flush)
+        if self.lost:
+            raise LeaseLost(self._batch.id)
+        return waiting
+
+    def _free(self, _: asyncio.Task[None]) -> None:
+        self._means.in_flight -= 1
+        self._means.freed.set()
+
+    async def _one(self, line: batch_input.Line) -> None:
+        """One request, tried again while only the moment is at fault."""
+        batch = self._batch
+        request_id = f"{batch.id}-{line.number}"
+        body = await asyncio.to_thread(batch_input.body, self._source, line)
+        for attempt in range(1, MAX_TRIES + 1):
+            answer = await self._ask(body, request_id)
+            while answer.status == 503 and time.time() < batch.expires_at:  # nobody is there: that costs no try
+                if self.cancelled or self.lost:
+                    return
+                await asyncio.sleep(RETRY_S)
+                answer = await self._ask(body, request_id)
+            if answer.status not in RETRIED or attempt == MAX_TRIES:
+                break
+            await asyncio.sleep(RETRY_S * 2**attempt)
+            if answer.document is None:  # it broke off: computed and recorded, maybe
+                await self._paid.look_patiently()
+        if answer.status == 503 and time.time() >= batch.expires_at:
+            self._results.add(Result(line.number, False, row(batch.id, line, error=EXPIRED)))
+            return
+        good = answer.status == 200 and answer.document is not None
+        response = {"status_code": answer.status, "request_id": request_id, "body": answer.document}
+        error = None if answer.document else UNREADABLE
+        self._results.add(Result(line.number, good, row(batch.id, line, response=response, error=error)))
+        self._means.metrics.lines.labels("completed" if good else "failed").inc()
+
+    async def _ask(self, body: bytes, request_id: str) -> Answer:
+        # The answer was lost after its owner's usage had been recorded: the house pays for another.
+        payer = HOUSE if request_id in self._paid else ""
+        return await self._means.ask(self._batch.endpoint, body, self._batch.owner, request_id, payer)
+
+    async def _write(self) -> None:
+        """Bring results to the database several times a second, until cancelled."""
+        while not self.lost:
+            await asyncio.sleep(WRITE_EVERY_S)
+            try:
+                await asyncio.to_thread(self._results.flush)
+            except OSError as error:
+                logger.warning("results wait for the database", batch=self._batch.id, error=str(error))
+                await asyncio.sleep(RETRY_S)
+            except LeaseLost:
+                self.lost = True
+
+    async def _write_all(self) -> None:
+        while self._results.waiting:
+            try:
+                await asyncio.to_thread(self._results.flush)
+            except OSError as error:
+                logger.warning("results wait for the database", batch=self._batch.id, error=str(error))
+                await asyncio.sleep(RETRY_S)
+
+    # --- finalizing ----------------------------------------------------------------------------
+
+    async def _settle(self, ends: Ends, **fields: Any) -> None:
+        """From now on it is sure how it ends."""
+        await self._write_all()
+        if ends != "cancelled":
+            now = {"status": "finalizing", "finalizing_at": int(time.time()), "ends": ends, **fields}
+            if await self._move(("validating", "in_progress", "finalizing"), **now) == "ok":
+                return
+        await self._move(("cancelling", "finalizing"), ends="cancelled")  # while the last lines were on their way
+
+    async def _finish(self) -> None:
+        """The files, then the last state with them. Every step can be done twice."""
+        batch, results, folder = self._batch, self._results, self._means.files.folder
+        answered = results.completed + results.failed
+        if batch.ends in ("completed", "expired") and answered != batch.total:
+            raise RuntimeError(f"{batch.id} has {batch.total} lines and {answered} results")
+        now, made = int(time.time()), {}
+        for good, file_id, shown, name in (
+            (True, batch.results, "output_file_id", "output"), (False, batch.failures, "error_file_id", "error")
+        ):  # fmt: skip
+            if size := await asyncio.to_thread(results.write_file, good, folder / file_id):
+                made[shown] = File(file_id, batch.owner, f"{batch.id}_{name}.jsonl", "batch_output", size, now)
+
+        def conclude(c: Connection) -> str:
+            ids = {shown: file.id for shown, file in made.items()}
+            last = {"status": batch.ends, f"{batch.ends}_at": now, "leased_until": 0.0, **ids}
+            status = tables.move(c, tables.batches, batch.id, ("finalizing", "cancelling"), self._token, **last)
+            if status == "ok":
+                for file in made.values():
+                    tables.add(c, tables.files, file)
+                c.execute(delete(tables.batch_results).where(tables.batch_results.c.batch_id == batch.id))
+            return status
+
+        if await self._means.database.run(conclude) != "ok":
+            raise LeaseLost(batch.id)
+        self._means.metrics.ended.labels(batch.ends).inc()
+        logger.info("batch ends", batch=batch.id, status=batch.ends, completed=results.completed, failed=results.failed)
+
+    async def _move(self, allowed: tuple[str, ...], **fields: Any) -> str:
+        """Change the batch, in the database and here. Raises LeaseLost."""
+        status = await self._means.database.run(
+            lambda c: tables.move(c, tables.batches, self._batch.id, allowed, self._token, **fields)
+        )
+        if status in ("leased", ""):
+            raise LeaseLost(self._batch.id)
+        if status == "ok":
+            for name in fields.keys() & set(Batch.__struct_fields__):
+                setattr(self._batch, name, fields[name])
+        return status
