@@ -1,6 +1,6 @@
 # make up     the stack as local processes, in the foreground     make test    everything that can be tested here
 # make env    exports for the openai SDK                          make check   linters and types
-# make key    one more API key: make key NAME=alice               make bench   the figures of docs/log.md (bench-kv, bench-lifecycle,
+# make key    one more API key: make key NAME=alice (make keys, make revoke ID=…)      make bench   the figures of docs/log.md (bench-kv, bench-lifecycle,
 # make top    the running stack in the terminal                                bench-observability: of their parts)
 # make finetune DATA=questions.jsonl    your own model from your own questions (HELDOUT=file SUFFIX=name EPOCHS=3)
 SHELL := /bin/bash
@@ -8,7 +8,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key top finetune test check bench bench-kv bench-lifecycle bench-observability base-images clean
+.PHONY: help up env key keys revoke top finetune test check bench bench-kv bench-lifecycle bench-observability base-images clean
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
@@ -25,7 +25,14 @@ top: .venv/.ready
 key: .venv/.ready
 	@$(PY) -m services.local key "$(NAME)"
 
+keys: .venv/.ready
+	@$(PY) -m services.local keys
+
+revoke: .venv/.ready
+	@$(PY) -m services.local revoke "$(ID)"
+
 finetune: .venv/.ready
+	@test -n "$(DATA)" || { echo "owngpt: which questions? make finetune DATA=questions.jsonl" >&2; exit 1; }
 	@eval "$$($(PY) -m services.local env)" && exec $(PY) -m services.local.finetune "$(DATA)" \
 	    $(if $(HELDOUT),--heldout "$(HELDOUT)") $(if $(SUFFIX),--suffix "$(SUFFIX)") $(if $(EPOCHS),--epochs "$(EPOCHS)")
 

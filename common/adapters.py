@@ -37,6 +37,11 @@ def model_name(base: str, suffix: str | None, job_id: str) -> str:
     return f"ft:{base}:{suffix or ''}:{job_id.rpartition('-')[2][:12]}"
 
 
+def is_ours(name: str) -> bool:
+    """Whether a model's name is one that we give to adapters."""
+    return name.startswith("ft:")
+
+
 def read_registry(raw: Mapping[Any, Any]) -> dict[str, Adapter]:
     """The registry by name. An entry that is not one of ours is left out: its folder would become a path."""
     found = {}

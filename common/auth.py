@@ -15,10 +15,11 @@ from hmac import compare_digest
 from typing import NamedTuple
 
 import msgspec
+from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from common.errors import Unauthorized, Unavailable
+from common.errors import ApiError, Unauthorized, Unavailable
 from common.keys import ApiKey, key_id_of, matches
 from common.redis.names import api_key_key
 
@@ -122,8 +123,9 @@ class Authenticator:
     def _asked(self, digest: bytes, task: "asyncio.Task[ApiKey]") -> None:
         if self._asking.get(digest) is task:
             del self._asking[digest]
-        if not task.cancelled():
-            task.exception()  # nobody may be waiting for it
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, ApiError):  # nobody may be waiting to hear it
+            logger.opt(exception=error).error("a key could not be looked up")
 
     async def _verify(self, header: bytes, digest: bytes) -> ApiKey:
         scheme, _, token = header.decode("latin-1").partition(" ")
@@ -133,10 +135,11 @@ class Authenticator:
         revocations = self._revocations
         found = await self._look_up(key_id, self._cache.get(digest))
         if found.record is None or not matches(token.strip(), found.record):
-            self._cache.pop(digest, None)
-            self._refused[digest] = found.fresh_until
-            if len(self._refused) > MAX_CACHED:
-                self._refused.popitem(last=False)
+            if revocations == self._revocations:  # else redis may have been another one then
+                self._cache.pop(digest, None)
+                self._refused[digest] = found.fresh_until
+                if len(self._refused) > MAX_CACHED:
+                    self._refused.popitem(last=False)
             raise Unauthorized
         if revocations == self._revocations:  # else it may be this one that was revoked meanwhile
             self._cache[digest] = found

@@ -113,6 +113,10 @@ class UpstreamFailed(Exception):
         self.answered = answered
 
 
+class StreamLost(Exception):
+    """An engine was lost in the middle of its stream. The last event may be half an event."""
+
+
 class GatewayTimeout(ApiError):
     """504: the worker held the request longer than the read timeout."""
 

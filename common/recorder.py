@@ -64,7 +64,9 @@ class Recorder:
     def end(self, record: Record) -> None:
         """Note how it ended."""
         self._begun.pop((record.worker, record.id), None)
-        if len(self._ended) >= MAX_UNWRITTEN:
+        at = (record.worker, record.id)
+        shown = at in self._shown or (self._sending is not None and at in self._sending[0])
+        if len(self._ended) >= MAX_UNWRITTEN and not shown:  # one that was shown as begun has to be taken back
             self.dropped += 1
             return
         self._ended.append(record)

@@ -18,6 +18,7 @@ from common.redis.names import HEARTBEAT_TTL_MS
 
 State = Literal["ready", "stalled", "draining", "gone"]
 
+FORGET_S = 300.0
 SUSPECT_S = 2.0
 """How long a worker that just failed a request is avoided, whatever it says of itself."""
 
@@ -120,6 +121,8 @@ class WorkerTable:
         """Workers that went without having drained: killed, cut off, or their engine died."""
         self.known_models: set[str] = set()
         """Every model some worker has served: one of them may come back, so asking for it is no mistake."""
+        self._tuned_seen_at: dict[str, float] = {}
+        """When a worker last had a tuned model: one that nobody has for FORGET_S was deleted."""
         self._clock = clock
         self._changed()
 
@@ -162,6 +165,9 @@ class WorkerTable:
                 dropped = {model.id for model in was.models} - known.names
                 self.known_models -= dropped - self.models().keys()
         self.known_models.update(model.id for model in beat.models)
+        for model in beat.models:
+            if model.parent is not None:
+                self._tuned_seen_at[model.id] = self._clock()
 
     def expire(self) -> None:
         """Forget workers that have been silent for longer than their heartbeat lives."""
@@ -183,6 +189,11 @@ class WorkerTable:
             self.expire()
         else:
             self.keep_alive()
+        oldest = self._clock() - FORGET_S
+        for name in [name for name, seen_at in self._tuned_seen_at.items() if seen_at < oldest]:
+            if name not in self.models():
+                del self._tuned_seen_at[name]
+                self.known_models.discard(name)
 
     def suspect(self, address: str) -> None:
         """Avoid the worker at an address for SUSPECT_S: a request just failed there."""

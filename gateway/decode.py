@@ -47,19 +47,20 @@ class Ask(msgspec.Struct):
 
 _decoder = msgspec.json.Decoder(Ask)
 _FIRST = re.compile(rb'\[\s*(["\[])')
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _FIELD = re.compile(r"\$\.([A-Za-z_][\w.]*)")
 _MISSING = re.compile(r"missing required field `(\w+)`")
 
 
 def _count(said: RawJson) -> int:
-    """How many prompts there are: an array of texts or of arrays of token ids, else one.
+    """How many prompts there are: an array of texts, of arrays of token ids or of conversations; else one.
 
     Counted in the bytes of valid JSON: an object for each of two million numbers would hold everybody up.
     """
     if len(said) <= MAX_PROMPTS or (first := _FIRST.match(said)) is None:
         return 1
     if first[1] == b"[":
-        return bytes(said).count(b"[") - 1
+        return (_STRING.sub(b"", said) if b'"' in bytes(said) else bytes(said)).count(b"[") - 1
     return bytes(said).replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') // 2
 
 
@@ -88,7 +89,10 @@ def decode(path: str, body: bytes, max_n: int) -> Ask:
         ) from error
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
-    for field, said in (("prompt", ask.prompt), ("input", ask.input)):
+    many = [("prompt", ask.prompt), ("input", ask.input)]
+    if ROUTES[path][0] == "embeddings":  # vLLM takes several conversations there
+        many.append(("messages", ask.messages))
+    for field, said in many:
         if (prompts := _count(said)) > MAX_PROMPTS:
             raise InvalidRequest(f"{field}: {prompts} are over the limit of {MAX_PROMPTS} in one request.", param=field)
     for field, count in (("n", ask.n), ("best_of", ask.best_of)):

@@ -10,7 +10,7 @@ import contextlib
 import aiohttp
 
 from common.asgi import Receive, Scope, Send
-from common.errors import GatewayTimeout, UpstreamFailed, encode_parts
+from common.errors import GatewayTimeout, StreamLost, UpstreamFailed
 from common.metering.context import CONTEXT, TRACEPARENT
 from gateway.attempts import FAILURES, TIMEOUT
 from gateway.settings import Settings
@@ -34,8 +34,8 @@ def open_session(settings: Settings) -> aiohttp.ClientSession:
 class Upstream:
     """An ASGI app that is a worker: it forwards the request and sends back what comes.
 
-    Raises UpstreamFailed when the worker fails before anything was sent; afterwards a stream ends with an
-    error event and without `[DONE]`, anything else raises. GatewayTimeout: silence beyond the read timeout.
+    Raises UpstreamFailed when the worker fails before anything was sent; afterwards StreamLost in a stream, ClientError
+    in anything else. GatewayTimeout: silence beyond the read timeout.
     """
 
     def __init__(self, session: aiohttp.ClientSession, address: str, token: str) -> None:
@@ -89,21 +89,13 @@ class Upstream:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except (aiohttp.ClientError, TimeoutError) as error:
             if sent and stream:
-                await _end_broken_stream(send)
-            elif sent:
+                raise StreamLost(type(error).__name__) from error
+            if sent:
                 raise  # half a document: the server cuts the connection
-            elif isinstance(error, aiohttp.SocketTimeoutError):
+            if isinstance(error, aiohttp.SocketTimeoutError):
                 raise GatewayTimeout("The worker did not answer in time.") from error
-            else:
-                refused = isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
-                raise UpstreamFailed(type(error).__name__, ran=not refused) from error
-
-
-async def _end_broken_stream(send: Send) -> None:
-    _, _, body = encode_parts(
-        500, "The worker was lost while it was answering.", "server_error", code="stream_interrupted"
-    )
-    await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
+            refused = isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
+            raise UpstreamFailed(type(error).__name__, ran=not refused) from error
 
 
 async def _until_disconnect(receive: Receive) -> None:

@@ -190,3 +190,20 @@ def test_redis_away() -> None:
         assert (await desk.auth.check(stranger)).id != desk.id
 
     run(steps)
+
+
+def test_a_refusal_from_before_a_reconnect_counts_for_nobody_after_it() -> None:
+    """A redis that is being restored knows no keys yet; the good key was refused for half a minute more."""
+    async def steps(desk: Desk) -> None:
+        saved, desk.redis.values = desk.redis.values, {}
+        desk.redis.open.clear()
+        asking = asyncio.create_task(desk.auth.check(desk.header))
+        await desk.settle()
+        desk.auth.distrust()
+        desk.redis.open.set()
+        with pytest.raises(Unauthorized):
+            await asking
+        desk.redis.values = saved
+        assert (await desk.auth.check(desk.header)).id == desk.id
+
+    run(steps)

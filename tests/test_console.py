@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from services.local.__main__ import make_key
+from services.local.__main__ import keys
 from services.local.plan import ROOT, Dials
 from tests.up import MODEL, Up
 
@@ -196,7 +196,7 @@ def test_a_wrong_key_is_refused_in_words(browser: Browser, up: Up) -> None:
 
 
 def test_a_key_that_is_revoked_meanwhile_is_asked_for_again(browser: Browser, up: Up) -> None:
-    made = make_key(Dials(up.state, "", ""), "short-lived")
+    made = keys(Dials(up.state, "", ""), "create", "short-lived")
     page = browser.new_page()
     page.goto(up.base)
     page.locator("#key").fill(made)

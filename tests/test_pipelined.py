@@ -7,10 +7,11 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 from redis.exceptions import RedisError, ResponseError
 
 from common.redis.pipelined import PipelinedRedis
@@ -210,3 +211,48 @@ def test_it_closes_while_somebody_waits(cache: Cache) -> None:
         assert isinstance(await failure(waiting), ConnectionError)
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_loop_that_stood_still_is_no_slow_redis(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """uvloop runs timers before it looks at its sockets: the reply that had come long before was called late."""
+    async def live() -> None:
+        def stand_still() -> None:
+            until = time.monotonic() + 0.3
+            while time.monotonic() < until:
+                pass
+
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port, stop = server.getsockname()[1], threading.Event()
+
+            def serve() -> None:
+                talk, _ = server.accept()
+                while not stop.is_set() and talk.recv(1000):
+                    talk.sendall(b"+OK\r\n")
+                talk.close()
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            redis = PipelinedRedis(f"redis://127.0.0.1:{port}", "u", "p", 0.2)
+            assert await redis.ask("PING") == b"OK"
+            left, right = socket.socketpair()
+            left.setblocking(False)
+
+            class Busy(asyncio.Protocol):
+                def data_received(self, data: bytes) -> None:
+                    stand_still()
+
+            await asyncio.get_running_loop().create_connection(Busy, sock=left)
+            asking = asyncio.create_task(redis.ask("GET", "a"))
+            await asyncio.sleep(0)
+            right.send(b"busy")
+            try:
+                assert await asking == b"OK"
+            finally:
+                stop.set()
+                await redis.aclose()
+                await asyncio.to_thread(thread.join)
+                right.close()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(live())

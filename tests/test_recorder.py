@@ -186,3 +186,34 @@ def test_it_sleeps_while_nothing_happens_and_tries_again_by_itself(monkeypatch: 
 
     monkeypatch.setattr(recorders, "RETRY_S", 0.05)
     asyncio.run(live())
+
+
+def test_a_request_that_was_shown_as_begun_is_taken_back_however_much_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropped at its end, it stayed in running:{worker}, and whoever asked the same waited for it."""
+    monkeypatch.setattr("common.recorder.MAX_UNWRITTEN", 2)
+
+    class Away:
+        away = False
+
+        async def eval(self, *_: object) -> None:
+            if self.away:
+                raise RedisError("away")
+
+    async def live() -> None:
+        redis = Away()
+        recorder = Recorder(redis)  # type: ignore[arg-type]
+        long = record("w", "long")
+        recorder.begin(long)
+        await recorder.flush()
+        redis.away = True
+        for name in ("1", "2", "3"):
+            short = record("w", name)
+            recorder.begin(short)
+            recorder.end(short)
+        recorder.end(long)
+        assert recorder.dropped == 1
+        redis.away = False
+        await recorder.flush()
+        assert recorder._shown == set()
+
+    asyncio.run(live())

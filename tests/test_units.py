@@ -16,7 +16,8 @@ from loguru import logger
 from redis.exceptions import RedisError
 
 from common import keys, tasks
-from common.errors import ApiError, InvalidRequest
+from common.errors import ApiError, InvalidRequest, StreamLost, UpstreamFailed
+from common.metering import engine_errors, sse
 from common.metering.metered import Metering
 from common.metering.rewrite import rewrite
 from common.records import Record
@@ -186,6 +187,26 @@ class TestTable:
         table.take(beat("a", "m", "ft:y", state="gone"))
         assert "ft:y" in table.known_models, "its worker may be back"
 
+    def test_one_that_was_deleted_while_its_worker_started_again_is_forgotten_after_a_while(self) -> None:
+        now = [0.0]
+        table = WorkerTable(lambda: now[0])
+
+        def beat(name: str, *adapters: str, state: str = "ready") -> bytes:
+            models = [Model("m", 1), *(Model(a, 1, parent="m") for a in adapters)]
+            return msgspec.json.encode(Heartbeat(name, f"{name}:1", state, models))  # type: ignore[arg-type]
+
+        for raw in (beat("a", "ft:x", "ft:y"), beat("a", state="gone"), beat("b", "ft:y")):
+            table.take(raw)
+        for now[0] in range(0, 400, 2):
+            table.take(beat("b", "ft:y"))
+            table.tend(connected=True)
+            assert ("ft:x" in table.known_models) == (now[0] <= 300)
+        assert table.known_models == {"m", "ft:y"}
+        table.take(beat("b", state="gone"))
+        for now[0] in range(400, 1000, 2):
+            table.tend(connected=True)
+        assert table.known_models == {"m"}, "a base may be back at any time"
+
     def test_load_never_leaks(self) -> None:
         table = WorkerTable()
         table.take(self.beat("a"))
@@ -274,17 +295,22 @@ class TestDecode:
             ask(few)
         decode(path, b'{"model":"m","%s":[%s]}' % (field.encode(), b" " * 5000), 16)
         ask(['a "quoted", [and] \\escaped\\" text'] * MAX_PROMPTS)
+        ask([[{"role": "user", "content": 'a[i] "b[j]" \\"' * 1100}]])
         tracemalloc.start()
         decode(path, b'{"model":"m","%s":[%s1]}' % (field.encode(), b"1," * 1_000_000), 16)
         assert tracemalloc.get_traced_memory()[1] < 20e6, "nothing is made of each number"
         tracemalloc.stop()
+        if path == "/v1/embeddings":
+            talk = [{"role": "user", "content": "a"}]
+            with pytest.raises(InvalidRequest, match="messages: 1025 are over"):
+                decode(path, json.dumps({"model": "m", "input": "x", "messages": [talk] * 1025}).encode(), 16)
         for many in (["x"] * (MAX_PROMPTS + 1), [[1, 2]] * (MAX_PROMPTS + 1), ['\\"'] * (MAX_PROMPTS + 1)):
             with pytest.raises(InvalidRequest, match=f"{field}: {MAX_PROMPTS + 1} are over the limit"):
                 ask(many)
 
 
 def metered(
-    events: list[bytes], hide: bool = True, path: str = "/v1/chat/completions"
+    events: list[bytes], hide: bool = True, path: str = "/v1/chat/completions", lost: bool = False
 ) -> tuple[bytes, Record]:
     """What a client sees of a stream, and the record."""
     sent: list[bytes] = []
@@ -300,6 +326,8 @@ def metered(
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         for event in events:
             await send({"type": "http.response.body", "body": event, "more_body": True})
+        if lost:
+            raise StreamLost("gone")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def receive() -> dict:
@@ -321,6 +349,37 @@ DONE = b"data: [DONE]\n\n"
 
 
 class TestMetering:
+    @pytest.mark.parametrize("tail", [b"", b'data: {"choices":[{"del', TEXT[2].strip() + b"\n"])
+    def test_a_worker_lost_in_the_middle_of_an_event_is_no_success(self, tail: bytes) -> None:
+        """The half event and the error became one event that nobody could read, and the outcome was ok."""
+        seen, record = metered([*TEXT[:2], tail], lost=True)
+        assert seen == TEXT[0] + TEXT[1] + engine_errors.in_stream("chat") + b"\n\n"
+        assert record.outcome == "stream_error"
+
+    def test_lost_within_its_first_event_somebody_else_may_answer(self) -> None:
+        with pytest.raises(UpstreamFailed):
+            metered([TEXT[0][:20]], lost=True)
+
+    @pytest.mark.parametrize("said", [b'{"message":{"usage":{"input_tokens":"3"}}}', b'{"message":{"usage":{"cache_read_input_tokens":1.5}}}'])
+    def test_odd_usage_ends_a_request_like_any(self, said: bytes) -> None:
+        """It was in flight for ever, without a record."""
+        seen, record = metered([b"data: " + said + b"\n\n", DONE], path="/v1/messages")
+        assert (seen, record.outcome) == (b"data: " + said + b"\n\n" + DONE, "ok")
+
+    def test_a_large_event_in_small_pieces_costs_no_square(self) -> None:
+        """4 MB in pieces held the gateway's loop up for more than a second."""
+        whole, event = sse.Whole(), b"data: " + b"x" * 4_000_000 + b"\n\n"
+        began, taken = time.perf_counter(), []
+        taken += [whole.take(event[at : at + 16384], more=True) for at in range(0, len(event), 16384)]
+        assert b"".join(taken) == event
+        assert [part for part in taken if part] == [event]
+        assert time.perf_counter() - began < 1.0, "each piece looks at its own bytes; copying is all that grows"
+
+    def test_an_event_without_end_is_not_held_for_ever(self) -> None:
+        whole = sse.Whole()
+        passed = sum(len(whole.take(b"x" * 1_000_000, more=True)) for _ in range(20))
+        assert passed >= 20_000_000 - sse.MAX_HELD_BYTES
+
     @settings(max_examples=300)
     @given(st.lists(st.integers(0, 600), max_size=12), st.booleans())
     def test_any_chunking_gives_the_same_bytes(self, cuts: list[int], hide: bool) -> None:

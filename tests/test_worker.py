@@ -327,6 +327,22 @@ class TestAdapters:
 
         asyncio.run(live())
 
+    def test_adapters_that_are_the_owners_own_stay(self, floor: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+        """ENGINE_ARGS=--lora-modules: unloaded after half a minute, and still announced."""
+        monkeypatch.setattr("services.worker.reconcile.LOOK_EVERY_S", 0.1)
+        monkeypatch.setattr("services.worker.reconcile.EVERY_S", 0.05)
+
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            engine.adapters = loader = FakeLoader()
+            loader.there |= {"house-style", "ft:base::forgotten"}
+            async with living(floor, engine) as life:
+                await life.until(lambda: loader.there == {"house-style"}, "what is ours and not in the registry, unloaded")
+                await asyncio.sleep(0.5)
+                assert loader.there == {"house-style"}
+
+        asyncio.run(live())
+
     def test_what_fails_is_tried_again(self, floor: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
         """A load, and an unload: an adapter that could not be unloaded stayed in the engine for ever (B8)."""
         monkeypatch.setattr("services.worker.reconcile.RETRY_S", 0.2)
@@ -362,7 +378,7 @@ class TestAdapters:
             keeper = Reconciler(loader, read, Model("base", 1), Path("/a"), lambda _: None, 0.0)
             await keeper.compare()
             await asyncio.sleep(0.01)
-            loader.there.add("late")
+            loader.there.add("ft:base::late")
             await keeper.compare()
             await asyncio.sleep(0.01)
             assert loader.there == {"x"}

@@ -21,7 +21,7 @@ from loguru import logger
 from common.answers.keeping import Keeping
 from common.answers.store import BYPASS, HEADER, MISS, Store
 from common.asgi import App, Message, Receive, Scope, Send
-from common.errors import ApiError, UpstreamFailed
+from common.errors import ApiError, StreamLost, UpstreamFailed
 from common.metering import context, engine_errors, sse, usage
 from common.metering.context import CONTEXT, TRACEPARENT, Context
 from common.metering.meter import Meter
@@ -106,6 +106,13 @@ class _Metered:
         except UpstreamFailed as error:
             self.record.status = 502 if error.ran else 503
             raise
+        except StreamLost as error:
+            if not self.start_sent:  # not one event: somebody else may answer
+                self.record.status = 502
+                raise UpstreamFailed(str(error), ran=True) from error
+            self.record.outcome = "stream_error"  # its half event is nobody's
+            last = engine_errors.in_stream(self.record.route) + b"\n\n"
+            await self._send({"type": "http.response.body", "body": last, "more_body": False})
         except ApiError as error:
             self.record.status = error.status
             raise
@@ -253,8 +260,8 @@ class _Metered:
 
     async def _end(self) -> None:
         """Settle it: the answer stored, the record written, and only then whatever the reader has left to read."""
-        self._settle()
         try:
+            self._settle()
             if self.keeping is not None:
                 await self.keeping.store(whole=self.finished and self.record.outcome in ("ok", "client_error"))
         finally:

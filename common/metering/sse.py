@@ -6,6 +6,8 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-
 import re
 from collections.abc import Iterator
 
+MAX_HELD_BYTES = 8 * 1024 * 1024
+"""A longer event passes in pieces."""
 _BLANK = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 """The end of a line and an empty one: where an event ends."""
 
@@ -18,12 +20,13 @@ class Whole:
 
     def take(self, chunk: bytes, *, more: bool) -> bytes:
         """As many whole events as there are, their very bytes; without `more` everything that is left."""
+        seen = max(0, len(self._tail) - 3)  # no event ends before
         if self._tail:
             chunk, self._tail = self._tail + chunk, b""
-        if chunk.endswith(b"\n\n") or not more:
+        if chunk.endswith(b"\n\n") or not more or len(chunk) > MAX_HELD_BYTES:
             return chunk
         cut = 0
-        for blank in _BLANK.finditer(chunk):
+        for blank in _BLANK.finditer(chunk, seen):
             if blank.end() < len(chunk) or not chunk.endswith(b"\r"):  # else its LF may be on its way
                 cut = blank.end()
         self._tail = chunk[cut:]

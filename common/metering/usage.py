@@ -76,9 +76,16 @@ def read(data: bytes) -> Carrier | None:
         return None
 
 
+def _read_holder(raw: msgspec.Raw) -> Holder | None:
+    try:
+        return _decode_holder(raw)
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+
+
 def note(record: Record, carrier: Carrier) -> None:
     """Take over into the record what a carrier says."""
-    message = _decode_holder(carrier.message) if bytes(carrier.message).startswith(b"{") else None
+    message = _read_holder(carrier.message) if bytes(carrier.message).startswith(b"{") else None
     for holder in (carrier, carrier.response, message):
         if holder is None or holder.usage is None:
             continue

@@ -12,6 +12,8 @@ import hiredis
 from redis.asyncio.connection import SSLConnection, parse_url
 from redis.exceptions import InvalidResponse, ResponseError
 
+LOOK_AGAIN_S = 0.001
+
 Command = tuple[str | bytes | int, ...]
 
 
@@ -122,16 +124,20 @@ class _Connection(asyncio.Protocol):
         if not self._waiting:
             self._no_timer()
 
-    def _look_late(self) -> None:
-        """Whether the first of those who wait has waited too long, though nobody may be there to hear it."""
+    def _look_late(self, again: bool = False) -> None:
+        """Whether the first of those who wait has waited too long, though nobody may be there to hear it.
+
+        After a standstill of the loop timers come before what has arrived meanwhile (uvloop), so late is who is late
+        `again`, after the loop has looked at its sockets.
+        """
         self._timer = None
         if not self._waiting:
             return
         left_s = self._waiting[0][1] - self._loop.time()
-        if left_s <= 0:
+        if left_s <= 0 and again:
             self.abort(TimeoutError(f"redis took longer than {self._timeout_s:g} s"))
         else:
-            self._timer = self._loop.call_later(left_s, self._look_late)
+            self._timer = self._loop.call_later(max(left_s, LOOK_AGAIN_S), self._look_late, left_s <= 0)
 
     def _no_timer(self) -> None:
         if self._timer is not None:

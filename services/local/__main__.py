@@ -131,7 +131,7 @@ def first_key(dials: Dials) -> str:
     """The key made on the first start, kept in the state folder."""
     path = dials.state / "api_key"
     if not path.exists():
-        made = make_key(dials, "first")
+        made = keys(dials, "create", "first")
         partial = path.with_suffix(".partial")
         partial.touch(mode=0o600)
         partial.write_text(made + "\n")
@@ -139,15 +139,16 @@ def first_key(dials: Dials) -> str:
     return path.read_text().strip()
 
 
-def make_key(dials: Dials, name: str) -> str:
-    """A new key from the running stack. Raises UserError."""
+def keys(dials: Dials, *words: str) -> str:
+    """What `python -m gateway.keys` says about the running stack's keys. Raises UserError."""
     env = os.environ | {
         "REDIS_URL": dials.redis_url, "REDIS_PASSWORD_FILE": str(dials.secrets / "gateway/redis_password"),
     }
-    made = subprocess.run([sys.executable, "-m", "gateway.keys", "create", name], cwd=ROOT, env=env,
+    made = subprocess.run([sys.executable, "-m", "gateway.keys", *words], cwd=ROOT, env=env,
                           capture_output=True, text=True, check=False)
     if made.returncode:
-        raise UserError(f"No key was made ({made.stderr.strip().splitlines()[-1:]}). Is the stack running (make up)?")
+        said = made.stderr.strip() or f"it ended with {made.returncode}"
+        raise UserError(f"{said}\nIs the stack running (make up)?" if "redis.sock" in said else said)
     return made.stdout.strip()
 
 
@@ -174,6 +175,7 @@ def up() -> None:
     began = time.monotonic()
     dials = read_dials()
     dials.state.mkdir(parents=True, exist_ok=True)
+    dials.state.chmod(0o700)  # keys, and what was uploaded
     check_room(dials)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT, too: a background job of a shell ignores it
         signal.signal(number, signal.default_int_handler)
@@ -214,6 +216,10 @@ def env() -> None:
     """Print OPENAI_BASE_URL and OPENAI_API_KEY as exports: eval "$(make env)"."""
     endpoint, key = way_in()
     print(f"export OPENAI_BASE_URL={endpoint}\nexport OPENAI_API_KEY={key}")
+    try:
+        httpx.get(f"{endpoint.removesuffix('/v1')}/health", timeout=2)
+    except httpx.HTTPError:
+        print(f"owngpt: nobody answers at {endpoint} now; start the stack: make up", file=sys.stderr)
 
 
 @app.command("top")
@@ -235,7 +241,23 @@ def show_top(
 @app.command()
 def key(name: Annotated[str, typer.Argument(help="Who the key is for.")]) -> None:
     """Make one more API key and print it, once."""
-    print(make_key(read_dials(), name))
+    if not name:
+        raise UserError("Who is the key for? make key NAME=alice")
+    print(keys(read_dials(), "create", name))
+
+
+@app.command("keys")
+def show_keys() -> None:
+    """Show the API keys there are: id, date, name."""
+    print(keys(read_dials(), "list"))
+
+
+@app.command()
+def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, as `keys` shows it.")]) -> None:
+    """Make an API key useless within a second."""
+    if not key_id:
+        raise UserError("Which key? make keys shows their ids; then: make revoke ID=1a2b3c4d")
+    print(keys(read_dials(), "revoke", key_id))
 
 
 def main() -> None:

@@ -126,7 +126,7 @@ def compare(before: list[str], after: list[str], held: list[Heldout]) -> tuple[i
     return sum(map(Heldout.right, held, before)), sum(map(Heldout.right, held, after))
 
 
-def finetune(client: openai.OpenAI, data: Path, heldout: Path | None, suffix: str | None, epochs: str) -> str:
+def finetune(client: openai.OpenAI, data: Path, heldout: Path | None, suffix: str | None, epochs: Any) -> str:
     """The whole way. Returns the tuned model's name. Raises SystemExit with a message."""
     content = data.read_bytes()
     held = read_heldout(heldout) if heldout else []
@@ -135,10 +135,9 @@ def finetune(client: openai.OpenAI, data: Path, heldout: Path | None, suffix: st
     base = next(model.id for model in client.models.list() if not getattr(model, "parent", None))
     before = ask(client, base, held, f"asking {base}")
     file = client.files.create(file=(data.name, content), purpose="fine-tune")
-    n_epochs: Any = int(epochs) if epochs.isdigit() else "auto"
     job = client.fine_tuning.jobs.create(
         model=base, training_file=file.id, suffix=suffix or openai.omit,
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": n_epochs}}})  # fmt: skip
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}})  # fmt: skip
     console.print(f"job {job.id}  (Ctrl-C stops watching, not the job)")
     job = watch(client, job.id)
     if job.status != "succeeded":
@@ -165,8 +164,13 @@ def main(
     """Fine-tune the running stack's model on your own questions, and see what changed."""
     if "OPENAI_API_KEY" not in os.environ:
         raise SystemExit('finetune: OPENAI_API_KEY is not set. Start the stack (make up), then: eval "$(make env)"')
+    if epochs != "auto" and not epochs.isdigit():
+        raise SystemExit(f"finetune: EPOCHS={epochs} is neither a whole number nor auto")
     try:
-        finetune(openai.OpenAI(timeout=120), data, heldout, suffix or None, epochs)
+        finetune(openai.OpenAI(timeout=120), data, heldout, suffix or None, epochs if epochs == "auto" else int(epochs))
+    except openai.APIConnectionError as error:
+        at = os.environ.get("OPENAI_BASE_URL")
+        raise SystemExit(f"finetune: nobody answers at {at}. Is make up running?") from error
     except (openai.APIError, ValueError, OSError) as error:
         raise SystemExit(f"finetune: {error}") from error
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from common.adapters import Adapter, read_registry
+from common.adapters import Adapter, is_ours, read_registry
 from common.tasks import end_tasks, repeat
 from common.workers import Model
 from services.worker.engines.base import AdapterLoader, EngineSilent
@@ -66,7 +66,8 @@ class Reconciler:
         if time.monotonic() - self._looked_at >= LOOK_EVERY_S:
             self._looked_at = time.monotonic()
             with contextlib.suppress(EngineSilent):
-                self._leaving |= await self._loader.names() - wanted.keys() - self._busy.keys()
+                ours = filter(is_ours, await self._loader.names())  # others are the owner's business (--lora-modules)
+                self._leaving |= set(ours) - wanted.keys() - self._busy.keys()
         for name in sorted(self._leaving):
             self._begin(name, self._unload(name))
         for name, adapter in wanted.items():

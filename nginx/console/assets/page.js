@@ -37,14 +37,14 @@ export const seconds = (value) =>
 
 const COLOURS = ["#1d8f74", "#d0762a", "#4a6fd0"];
 
-/** A line chart of uPlot. `x`: "time" (Unix seconds) or "step". Returns a function that takes new data. */
+/** A line chart of uPlot. `x`: "time" (Unix seconds), "day" (the same, a point each) or "step". Returns a function that takes new data. */
 export function chart(place, names, x = "time", height = 180) {
   const ink = getComputedStyle(document.documentElement).getPropertyValue("--soft");
   const axis = { stroke: ink, grid: { stroke: "rgba(128,128,128,.2)" }, ticks: { stroke: "rgba(128,128,128,.2)" } };
   const plot = new uPlot({
     width: place.clientWidth || 300, height,
-    scales: { x: { time: x === "time" }, y: { range: (_, low, high) => [Math.min(0, low), high > 0 ? high * 1.1 : 1] } },
-    series: [{}, ...names.map((label, index) => ({ label, stroke: COLOURS[index], width: 2, spanGaps: true, points: { show: x !== "time" && index > 0 } }))],
+    scales: { x: { time: x !== "step" }, y: { range: (_, low, high) => [Math.min(0, low), high > 0 ? high * 1.1 : 1] } },
+    series: [{}, ...names.map((label, index) => ({ label, stroke: COLOURS[index], width: 2, spanGaps: true, points: { show: x === "day" || (x === "step" && index > 0) } }))],
     axes: [axis, axis],
   }, [[], ...names.map(() => [])], place);
   new ResizeObserver(() => place.clientWidth && plot.setSize({ width: place.clientWidth, height })).observe(place);
