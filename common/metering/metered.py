@@ -15,7 +15,6 @@ Per streamed chunk it looks for a few byte patterns and reads no clock; the budg
 import secrets
 import time
 
-import msgspec
 from loguru import logger
 
 from common.answers.keeping import Keeping
@@ -25,7 +24,7 @@ from common.errors import ApiError, StreamLost, UpstreamFailed
 from common.metering import context, engine_errors, sse, usage
 from common.metering.context import CONTEXT, TRACEPARENT, Context
 from common.metering.meter import Meter
-from common.metering.rewrite import rewrite
+from common.metering.rewrite import read_wants, rewrite
 from common.records import Record
 from common.routes import ROUTES
 
@@ -37,15 +36,6 @@ _SALTED_ROUTES = ("chat", "completions", "responses", "messages", "embeddings")
 """Where vLLM takes a `cache_salt`; the rest reads no KV blocks."""
 _FROM_THE_GATEWAY = (CONTEXT, TRACEPARENT, b"x-request-id", b"x-vllm-priority", b"content-length")
 """Headers that are made anew for the engine."""
-
-
-class _Wants(msgspec.Struct):
-    model: str = ""
-    stream: bool | None = None
-    stream_options: usage.StreamOptions | None = None
-
-
-_decode_wants = msgspec.json.Decoder(_Wants).decode
 
 
 class Metering:
@@ -136,11 +126,7 @@ class _Metered:
 
     def _prepare(self, body: bytes) -> None:
         """Learn what was asked, and make the request that the engine gets."""
-        try:
-            wants = _decode_wants(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            wants = _Wants()  # the engine will refuse it
-        told, record = self.told, self.record
+        told, record, wants = self.told, self.record, read_wants(body)
         record.model = told.model or wants.model
         asked = wants.stream_options is not None and wants.stream_options.include_usage
         self.hide_usage = bool(wants.stream and not asked and record.route in _USAGE_ROUTES)

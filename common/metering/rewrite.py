@@ -1,8 +1,10 @@
-"""Changes to a request's body that leave every other value as it was."""
+"""What a request's body asks for, and changes to it that leave every other value as it was."""
 
 from hashlib import blake2b
 
 import msgspec
+
+from common.metering.usage import StreamOptions
 
 decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 NULL = msgspec.Raw(b"null")
@@ -33,3 +35,22 @@ def rewrite(body: bytes, *, usage: bool, salt: str = "", model: str = "") -> byt
     if model:
         document["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(document)
+
+
+class Wants(msgspec.Struct):
+    """What a body asks for, as far as it is rewritten for it."""
+
+    model: str = ""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+_decode_wants = msgspec.json.Decoder(Wants).decode
+
+
+def read_wants(body: bytes) -> Wants:
+    """What a body asks for; nothing, where it cannot be read: the engine will refuse it."""
+    try:
+        return _decode_wants(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return Wants()
