@@ -312,6 +312,51 @@ class TestLife:
         asyncio.run(live())
 
 
+    @pytest.mark.parametrize("how", ["silent", "no step"])
+    def test_one_that_stays_stalled_is_started_again(self, floor: Stack, how: str) -> None:
+        """It was stalled for ever, and with one worker requests kept going to it (B5)."""
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            async with living(floor, engine, stall_s=0.3, stall_restart_s=1.0) as life:
+                await life.until(lambda: life.said().get("state") == "ready", "announced")
+                if how == "silent":
+                    engine.silent = True
+                else:
+                    engine.in_flight, engine.numbers = 1, FakeEngine.still  # type: ignore[method-assign]
+                await life.until(lambda: life.said().get("state") == "stalled", "stalled")
+                assert await asyncio.wait_for(life.task, 5) == 1, "ended, for its supervisor to start it again"
+
+        asyncio.run(live())
+
+    def test_a_long_prefill_is_no_reason(self, floor: Stack) -> None:
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            async with living(floor, engine, stall_s=0.2, stall_restart_s=1.5) as life:
+                await life.until(lambda: life.said().get("state") == "ready", "announced")
+                engine.in_flight, moving = 1, engine.numbers
+                for _ in range(3):  # a second without a step, then one
+                    engine.numbers = FakeEngine.still  # type: ignore[method-assign]
+                    await asyncio.sleep(1.0)
+                    engine.numbers = moving  # type: ignore[method-assign]
+                    await asyncio.sleep(1.2)
+                assert not life.task.done()
+                engine.in_flight = 0
+
+        asyncio.run(live())
+
+    def test_one_that_runs_elsewhere_is_only_reported(self, floor: Stack) -> None:
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}", command=None)
+            async with living(floor, engine, stall_s=0.2, stall_restart_s=0.5) as life:
+                await life.until(lambda: life.said().get("state") == "ready", "announced")
+                engine.silent = True
+                await life.until(lambda: life.said().get("state") == "stalled", "stalled")
+                await asyncio.sleep(1.5)
+                assert not life.task.done()
+
+        asyncio.run(live())
+
+
 class TestAdapters:
     def test_the_base_is_announced_before_any_adapter_is_loaded(self, floor: Stack) -> None:
         """A hanging load kept a worker silent for a minute; now it holds up nobody, not even the other adapters (B7)."""

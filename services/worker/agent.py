@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Coroutine
@@ -40,6 +41,7 @@ class Agent:
         self._process = Process(self._engine.command(), self._engine.environment())
         self._redis = connect(settings)
         self.heart = Heart(self._redis, self._engine, worker_id, settings.heartbeat_s, settings.stall_s)
+        self._patience_s = settings.stall_restart_s if self._engine.command() is not None else math.inf
         self.stopping = asyncio.Event()
 
     async def run(self) -> int:
@@ -81,14 +83,21 @@ class Agent:
 
     async def _serve(self) -> None:
         """Heartbeats, and adapters beside them, until somebody ends it."""
-        work: list[Coroutine[Any, Any, None]] = [self.heart.run()]
+        work: list[Coroutine[Any, Any, None]] = [self.heart.run(), self._watch()]
         if self._engine.adapters is not None and self._settings.adapters_dir is not None:
             work.append(self._reconciler().run())
         tasks = [asyncio.create_task(each) for each in work]
         try:
-            await asyncio.gather(*tasks)  # neither ends by itself, unless by a bug that is better seen
+            await asyncio.gather(*tasks)  # none ends by itself, unless by a bug that is better seen
         finally:
             await end_tasks(tasks)
+
+    async def _watch(self) -> None:
+        """Raises EngineDied once it has been stalled for too long: whoever starts us starts it anew."""
+        while True:
+            await asyncio.sleep(min(1.0, self._patience_s / 4))
+            if self.heart.stalled_s > self._patience_s:
+                raise EngineDied(f"stalled for STALL_RESTART_S={self._patience_s:g}; started again")
 
     def _reconciler(self) -> Reconciler:
         assert self._engine.adapters is not None  # noqa: S101 - asked before

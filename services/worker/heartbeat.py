@@ -84,6 +84,14 @@ class Heart:
         stuck = self.beat.in_flight > 0 and now - self._stepped_at > self._stall_s
         return "stalled" if silent or stuck else "ready"
 
+    @property
+    def stalled_s(self) -> float:
+        """How long it has been stalled; 0.0 when it is not."""
+        if self.state() != "stalled":
+            return 0.0
+        now = time.monotonic()
+        return max(now - self._heard_at, now - self._stepped_at if self.beat.in_flight else 0.0)
+
     async def tell(self, state: State, *, news_only: bool = False) -> None:
         """One heartbeat; with `news_only` an idle worker is silent until it has news, for at most TOLD_ANYWAY_S."""
         if state != self.beat.state:

@@ -47,6 +47,7 @@ class WorkerSettings(StateSettings):
     drain_timeout_s: float = Field(120.0, ge=0)
     heartbeat_s: float = Field(0.2, gt=0, le=1)
     stall_s: float = Field(3.0, gt=0, description="no engine step for this long while requests run: stalled")
+    stall_restart_s: float = Field(180.0, gt=0, description="stalled for so long: the engine is started again")
 
     @cached_property
     def worker_token(self) -> str:

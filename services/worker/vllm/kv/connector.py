@@ -70,11 +70,14 @@ class RedisOffloadingConnector(OffloadingConnector):
     def _max_loadable_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         """Whole chunks that leave at least one token to compute: what a local prefix hit would give as well.
 
-        Then the step that follows has the same shape after either kind of hit, and so the same text.
+        Then the step that follows has the same shape after either kind of hit, and so the same text. And no more chunks
+        than half of the host tier holds: a prompt with more would push out its own first ones, and fetch them again.
         """
         whole = (request.num_tokens - 1) // self._chunk_tokens * self._chunk_tokens
         bound: int | None = super()._max_loadable_tokens(request, num_computed_tokens)
         mine: int = max(0, whole - num_computed_tokens)
+        if self._tier is not None:
+            mine = min(mine, max(1, self._tier.host_chunks // 2) * self._chunk_tokens)
         return mine if bound is None else min(bound, mine)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:

@@ -118,6 +118,8 @@ class RedisTier(SecondaryTierManager):
         if current_platform.is_cpu():
             shm.populate(self._slots)
         self._chunk_bytes = self.block_size_bytes
+        self.host_chunks = len(self._slots) // self._chunk_bytes
+        """How many the tier between us and the engine holds."""
         config = offloading_spec.config
         self._chunk_tokens = max(group.tokens_per_block for group in config.groups) * config.cache.blocks_per_chunk
         self._sealer = Sealer(self._settings.kv_secret, bytes.fromhex(namespace))
