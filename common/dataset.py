@@ -24,6 +24,7 @@ MESSAGE_KEYS = frozenset({"role", "content", "name", "weight", "tool_calls", "to
 PAIRS = {"prompt": "completion", "question": "answer"}
 MIN_EXAMPLES = 10
 MAX_LINE_BYTES = 1024 * 1024
+CALL = """a call is {"function": {"name": "…", "arguments": "…"}}, with the text of a JSON object as arguments"""
 MAX_PROBLEMS = 1000
 """With so many the rest of a file is not read: it is another kind of file."""
 
@@ -251,6 +252,8 @@ def _wrong(message: object) -> Iterator[tuple[str, str, str]]:
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and calls and all(isinstance(call, dict) for call in calls)):
         yield ".tool_calls", "data_type", f"{_kind(calls)}; a list of calls is needed"
+    elif calls is not None and (bad := [at for at, call in enumerate(calls) if not _callable(call)]):
+        yield f".tool_calls[{bad[0]}]", "invalid_tool_call", CALL
     elif not isinstance(content, str) and not (content is None and calls and role == "assistant"):
         yield ".content", "missing_content", f"{_kind(content)}; text is needed"
     elif isinstance(content, str) and not content.strip() and not calls:
@@ -260,6 +263,20 @@ def _wrong(message: object) -> Iterator[tuple[str, str, str]]:
             yield ".weight", "weight_not_assistant", "only assistant messages have a weight"
         elif message["weight"] not in (0, 1) or isinstance(message["weight"], bool):
             yield ".weight", "invalid_weight", f"{message['weight']!r}; a weight is 0 or 1"
+
+
+def _callable(call: dict[str, object]) -> bool:
+    """Whether a tool call names a function and has arguments that are an object, or the text of one."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return False
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(arguments, dict)
 
 
 def _kind(value: object) -> str:

@@ -23,11 +23,13 @@ async def answer_away(request: Request, error: Exception) -> Response:
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:
-    """An exception handler: no such path, or not with this method."""
+    """An exception handler: no such path, or not with this method; or a form that cannot be read."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for it only
     path, method = request.scope["path"], request.method
     if error.status_code == 405:
         return await answer_api_error(request, errors.MethodNotAllowed(f"{path} does not take {method}."))
+    if error.status_code != 404:
+        return await answer_api_error(request, errors.InvalidRequest(f"{error.detail}."))
     return await answer_api_error(request, errors.NotFound(f"There is nothing at {path}."))
 
 

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -68,6 +69,8 @@ class TestDataset:
         ({"messages": [USER, {**SAID, "weight": 2}]}, "invalid_weight", "messages[1].weight"),
         ({"messages": [USER, {**SAID, "weight": True}]}, "invalid_weight", "messages[1].weight"),
         ({"messages": [{**USER, "colour": 1}, SAID]}, "message_unrecognized_key", "messages[0].colour"),
+        *(({"messages": [USER, {"role": "assistant", "tool_calls": [{"type": "function", "function": bad}]}]}, "invalid_tool_call", "messages[1].tool_calls[0]")
+          for bad in ("f", {}, {"name": "f", "arguments": "{"}, {"name": "f", "arguments": '"Paris"'}, {"name": "f", "arguments": [1]})),
         ({"messages": [USER]}, "example_missing_assistant_message", "messages"),
         ({"messages": [USER, {**SAID, "weight": 0}]}, "nothing_learnt", "messages"),
         ({"messages": [SAID, USER]}, "assistant_first", "messages[0].role"),
@@ -225,6 +228,25 @@ class TestRender:
 
         _, problems, _ = render.encode_all(read(GOOD), Endless(), 100)
         assert "end-of-turn" in problems[0].message
+
+
+    def test_tool_calls_are_learnt_as_they_are_served(self) -> None:
+        """Arguments were escaped twice: the template wrote the text of an object as a text (D1)."""
+        class Templated:
+            eos_token_id = 0
+            seen: ClassVar[list] = []
+
+            def get_vocab(self) -> dict:
+                return {}
+
+            def apply_chat_template(self, messages: list, *, add_generation_prompt: bool, **_: object) -> list[int]:
+                self.seen.extend(call["function"]["arguments"] for m in messages for call in m.get("tool_calls", []))
+                return [*range(1, len(messages)), 0] if not add_generation_prompt else list(range(1, len(messages) + 1))
+
+        for said in ('{"city": "Paris"}', {"city": "Paris"}, ""):
+            call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": said}}
+            render.encode_all(read({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}), Templated(), 100)
+        assert {json.dumps(arguments) for arguments in Templated.seen} == {'{"city": "Paris"}', "{}"}
 
 
 class TestPlan:

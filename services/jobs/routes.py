@@ -38,6 +38,9 @@ def add_files(api: FastAPI) -> None:
         await request.app.state.files.admit(who, max(0, int(length) - MULTIPART_OVERHEAD_BYTES))
         async with request.form(max_files=1, max_fields=8) as form:
             file, purpose = form.get("file"), form.get("purpose")
+            if ignored := [name for name in form if name not in ("file", "purpose")]:
+                raise errors.InvalidRequest(f"{ignored[0]}: files are kept until they are deleted; leave it out.",
+                                            param=ignored[0])
             if not isinstance(file, UploadFile):
                 raise errors.InvalidRequest("The form has no file in its field 'file'.", param="file")
             if purpose not in UPLOADS:
@@ -146,7 +149,8 @@ def add_models(api: FastAPI) -> None:
 
     @api.delete("/v1/models/{name:path}")
     async def delete(request: Request, who: Owner, name: str) -> dict[str, object]:
-        used = [alias.name for alias in (await request.app.state.aliases.all()).values() if alias.model == name]
+        aliases = (await request.app.state.aliases.all()).values()
+        used = [alias.name for alias in aliases if alias.model == name and alias.owner == who]
         if used:
             raise errors.InvalidRequest(
                 f"The alias {', '.join(used)} stands for this model; switch or delete it first.", code="model_in_use"
@@ -183,6 +187,10 @@ def add_aliases(api: FastAPI) -> None:
 
     @api.post("/v1/aliases/{name}/rollback")
     async def rollback(request: Request, who: Owner, name: str) -> dict[str, object]:
+        before = (await request.app.state.aliases.get(name, who)).previous
+        if before and before not in request.app.state.table.models():
+            text = f"The model before, {before!r}, is not served any more; the alias stays as it is."
+            raise errors.InvalidRequest(text, code="model_not_found")
         return public(await request.app.state.aliases.rollback(name, who))
 
     @api.delete("/v1/aliases/{name}")

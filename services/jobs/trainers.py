@@ -49,7 +49,8 @@ class Trainers:
         text = f"The trainer ended {MAX_ATTEMPTS} times at this job without getting it further; its log says why."
         error = {"code": "trainer_lost", "param": None, "message": text}
         c.execute(update(tables.jobs).where(tables.jobs.c.id == job_id).values(
-            status="failed", error=error, finished_at=int(time.time()), wish="", lease="", leased_until=0.0
+            status="failed", error=error, finished_at=int(time.time()), wish="", lease="", leased_until=0.0,
+            estimated_finish=None,
         ))
         tables.say(c, job_id, [event(text, "error")])
         logger.error("a job was given up", job=job_id, attempts=MAX_ATTEMPTS)

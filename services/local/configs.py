@@ -71,6 +71,7 @@ def write_configs(dials: Dials, ports: Ports) -> None:
         "CONSOLE_DIR": str(run_dir / "console"),
         "GRAFANA_ADDRESS": "127.0.0.1:9",  # nobody: Grafana comes with the containers
         "MAX_FILE_BYTES": os.environ.get("MAX_FILE_BYTES") or "536870912",
+        "MAX_UPLOAD_BYTES": str(int(os.environ.get("MAX_FILE_BYTES") or "536870912") + 65536),
         "MAX_BODY_BYTES": os.environ.get("MAX_BODY_BYTES") or "4194304",
         "READ_TIMEOUT_S": os.environ.get("READ_TIMEOUT_S") or "600",
         "ACCESS_LOG": "/dev/stdout",

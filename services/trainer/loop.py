@@ -81,13 +81,26 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
+def micro_batch(batch: int, most: int) -> int:
+    """Rows computed at once: the largest divisor of a batch that is at most `most`."""
+    return max(size for size in range(1, min(batch, most) + 1) if batch % size == 0)
+
+
 class Counting(Trainer):  # type: ignore[misc]  # untyped
-    """Also counts how many learnt tokens the model would have said itself."""
+    """Also counts how many learnt tokens the model would have said itself, and weighs a validation loss by tokens."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.counts = {True: [0, 0], False: [0, 0]}
         """[right, all] while training and while evaluating."""
+        self._loss, self._learnt = 0.0, 0
+        """Of this evaluation: nats of all learnt tokens, and their number."""
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._loss, self._learnt = 0.0, 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = self._loss / self._learnt if self._learnt else math.nan
+        return output
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         labels = inputs["labels"]
@@ -99,6 +112,9 @@ class Counting(Trainer):  # type: ignore[misc]  # untyped
             count = self.counts[model.training]
             count[0] += int((said == wanted[learnt]).sum())
             count[1] += int(learnt.sum())
+            if not model.training:
+                self._loss += float(loss) * int(learnt.sum())
+                self._learnt += int(learnt.sum())
         return (loss, outputs) if return_outputs else loss
 
     def accuracy(self, training: bool) -> float:
@@ -191,7 +207,7 @@ def train(
     last: Path | None,
 ) -> dict[str, float] | None:
     """Train to the end, from the checkpoint `last` if there is one. Returns the figures, or None when paused."""
-    micro = math.gcd(chosen.batch_size, plan.micro_batch)
+    micro = micro_batch(chosen.batch_size, plan.micro_batch)
     steps = -(-len(training) // chosen.batch_size)
     every = min(steps, MAX_STEPS_BETWEEN_CHECKPOINTS)
     trainer = Counting(
@@ -225,6 +241,7 @@ def train(
             prediction_loss_only=True,
             remove_unused_columns=False,
             include_num_input_tokens_seen="non_padding",
+            restore_callback_states_from_checkpoint=True,  # early stopping counts on where it was
         ),
         train_dataset=[{"input_ids": one.input_ids, "labels": one.labels} for one in training],
         eval_dataset=[{"input_ids": one.input_ids, "labels": one.labels} for one in validation],

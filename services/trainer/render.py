@@ -7,8 +7,9 @@ the label IGNORED. Works with any template that only appends; one that rewrites 
 line, never trained on wrongly.
 """
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common.dataset import Dataset, Example, Problem
@@ -37,8 +38,28 @@ class NotRenderable(ValueError):
     """The chat template cannot show which tokens are the answer's."""
 
 
+def as_served(example: Example) -> Example:
+    """The example as vLLM hands it to the template: arguments of tool calls as objects, not as the text of one."""
+    messages = []
+    for message in example.messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            message = {**message, "tool_calls": [_parsed(call) for call in calls]}
+        messages.append(message)
+    return replace(example, messages=tuple(messages))
+
+
+def _parsed(call: Any) -> Any:
+    function = call["function"]  # `common.dataset` has seen to it
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    return {**call, "function": {**function, "arguments": json.loads(arguments) if arguments else {}}}
+
+
 def encode(example: Example, tokenizer: Any) -> Encoded:
     """Token ids and labels of a whole example. Raises NotRenderable."""
+    example = as_served(example)
     ends = end_of_turn(tokenizer)
     whole = _render(tokenizer, example, len(example.messages))
     labels = [IGNORED] * len(whole)

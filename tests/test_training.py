@@ -1,0 +1,92 @@
+"""The training loop with a model of a few thousand weights: what a checkpoint brings back, how losses are weighed."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from services.trainer import loop
+from services.trainer.events import Events
+from services.trainer.loop import Counting, collate, micro_batch
+from services.trainer.plan import COMPLETE, Folder, Hyperparameters, Plan
+from services.trainer.render import IGNORED, Encoded
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                        num_key_value_heads=2, max_position_embeddings=64))
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (7, 7), (8, 8), (9, 3), (12, 6), (16, 8), (11, 1)])
+def test_a_batch_is_computed_in_few_pieces(batch: int, rows: int) -> None:
+    """7 and 9 were trained one row at a time (D6)."""
+    assert micro_batch(batch, 8) == rows
+
+
+def test_a_validation_loss_counts_tokens_not_rows(tmp_path: Path) -> None:
+    """A row of two learnt tokens counted as much as one of forty (D6)."""
+    rows = [{"input_ids": list(range(1, n + 3)), "labels": [IGNORED, IGNORED, *range(3, n + 3)]} for n in (2, 40, 3, 5)]
+    model = tiny()
+    trainer = Counting(model=model, data_collator=collate, eval_dataset=rows, args=TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=1, use_cpu=True, report_to=[], prediction_loss_only=True,
+        remove_unused_columns=False, disable_tqdm=True))
+    said = trainer.evaluate()["eval_loss"]
+    nats = tokens = 0.0
+    for row in rows:
+        batch = collate([row])
+        with torch.no_grad():
+            logits = model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        learnt = batch["labels"][:, 1:] != IGNORED
+        nats += float(torch.nn.functional.cross_entropy(logits[:, :-1][learnt], batch["labels"][:, 1:][learnt], reduction="sum"))
+        tokens += int(learnt.sum())
+    assert said == pytest.approx(nats / tokens, rel=1e-4)
+    assert trainer.accuracy(training=False) >= 0
+
+
+class Quiet(Events):
+    def __init__(self) -> None:
+        self._out = io.StringIO()
+
+
+def test_a_run_that_was_broken_off_stops_as_early_as_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The count of evaluations that got worse began anew with each start (D4)."""
+    from peft import LoraConfig, get_peft_model
+
+    def rows(seed: int, count: int) -> list[Encoded]:
+        draw = torch.Generator().manual_seed(seed)
+        made = [torch.randint(1, 64, (12,), generator=draw).tolist() for _ in range(count)]
+        return [Encoded(n, ids, [IGNORED] * 4 + ids[4:], ()) for n, ids in enumerate(made)]
+
+    def run(name: str, stop_after: int, last: Path | None = None) -> dict[str, float] | None:
+        folder = Folder(tmp_path / name)
+        folder.root.mkdir(exist_ok=True)
+        folder.pause.unlink(missing_ok=True)
+        model = get_peft_model(tiny(), LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"))
+        evaluate = loop.Watch.on_evaluate
+
+        def then_pause(watch: Any, args: Any, state: Any, *rest: Any, **more: Any) -> None:
+            evaluate(watch, args, state, *rest, **more)
+            if state.global_step >= stop_after:
+                folder.pause.touch()
+
+        monkeypatch.setattr(loop.Watch, "on_evaluate", then_pause)
+        result = loop.train(plan, chosen, folder, model, None, rows(1, 8), rows(2, 8), Quiet(), last)
+        monkeypatch.setattr(loop.Watch, "on_evaluate", evaluate)
+        return result
+
+    plan = Plan("j", "b", "t", 3)
+    chosen = Hyperparameters(n_epochs=40, batch_size=4, learning_rate_multiplier=3.0)
+    whole = run("whole", stop_after=10**6)
+    assert whole is not None
+    assert whole["steps"] < 80, "what it learns by heart makes others worse"
+    best = int(whole["best_step"])
+    assert run("broken", stop_after=best + 2) is None, "paused after an evaluation that was worse"
+    last = max((p for p in (tmp_path / "broken/checkpoints").iterdir() if (p / COMPLETE).exists()), key=lambda p: int(p.name.rpartition("-")[2]))
+    again = run("broken", 10**6, last)
+    assert again is not None
+    assert (again["steps"], again["best_step"]) == (whole["steps"], whole["best_step"])
+    assert again["valid_loss"] == pytest.approx(whole["valid_loss"], abs=1e-4)
