@@ -95,6 +95,7 @@ CASES = [
     Case("UsageBehind", "6m", {"owngpt_ledger_last_read_timestamp_seconds": "0x40"},
          {"owngpt_ledger_last_read_timestamp_seconds": "0+15x40"}),
     Case("UsageRecordsDropped", "6m", {"owngpt_usage_records_dropped": "0x8 5x40"}, {"owngpt_usage_records_dropped": "5x40"}),
+    Case("UsageRecordsDropped", "6m", {"owngpt_ledger_lost_records": "0x8 30x40"}, {"owngpt_ledger_lost_records": "0x40"}),
     Case("BudgetBurn", "15m", {"owngpt_cost_month_forecast_usd": "6000x80", "owngpt_budget_month_usd": "5000x80"},
          {"owngpt_cost_month_forecast_usd": "6000x80", "owngpt_budget_month_usd": "0x80"}),
     Case("BudgetSpent", "1m", {"owngpt_cost_month_usd": "4600x20", "owngpt_budget_month_usd": "5000x20"},

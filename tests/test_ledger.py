@@ -1,31 +1,44 @@
 """The ledger: every record once, each key its own, money by the clock, a status without a single neighbour."""
 
 import asyncio
+import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
-from datetime import UTC, date, datetime
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from hypothesis import given
 from hypothesis import strategies as st
+from redis import Redis
+from sqlalchemy import select
 
+from common.database import Database
 from common.records import Record
 from common.redis.connect import connect
-from common.redis.names import LEDGER_CURSOR, cost_key, used_key
-from common.redis.scripts import APPLY
+from common.redis.names import USAGE
 from common.workers import Heartbeat, Worker
-from services.ledger import neighbours
+from services.ledger import legacy, neighbours, tables
 from services.ledger import usage as books
+from services.ledger.app import MIGRATIONS
 from services.ledger.costs import MAX_GAP_S, Costs
 from services.ledger.live import LastMinute, Speeds
 from services.ledger.settings import LedgerSettings
-from services.ledger.usage import ALL, KINDS, add_up, by_model
-from tests.harness import Stack, wait_for
+from services.ledger.tables import ALL, KINDS
+from services.ledger.usage import add_up
+from tests.harness import Cache, Stack, wait_for
+from tests.jobs_service import find_postgres, postgres
 
 NOON = datetime(2026, 11, 25, 12, tzinfo=UTC).timestamp()
 
@@ -42,7 +55,8 @@ def start(stack: Stack, **env: str) -> None:
 
 
 def settings(stack: Stack) -> LedgerSettings:
-    return LedgerSettings(redis_url=stack.dials.redis_url, redis_password_file=stack.dials.secrets / "ledger/redis_password")
+    return LedgerSettings(redis_url=stack.dials.redis_url, redis_password_file=stack.dials.secrets / "ledger/redis_password",
+                          database_url="sqlite:///:memory:")
 
 
 def usage(stack: Stack, key: str) -> dict[str, int]:
@@ -59,21 +73,18 @@ class TestAddingUp:
         records = [record(key=key, model=model, completion_tokens=tokens, started_at=NOON + day * 86400)
                    for key, model, tokens, day in asked]
         sums = add_up(records)
-        for key in "ab":
-            mine = [r for r in records if r.key == key]
-            counted = [by_model({f: str(n) for f, n in bag.items()}) for name, bag in sums.items() if name.endswith(":" + key)]
-            assert sum(m["requests"] for models in counted for m in models.values()) == len(mine)
-            assert sum(m["completion_tokens"] for models in counted for m in models.values()) == sum(r.completion_tokens for r in mine)
-        everybody = [bag for name, bag in sums.items() if name.endswith(f":{ALL}")]
-        assert sum(n for bag in everybody for field, n in bag.items() if field.endswith("|requests")) == len(records)
+        for key, mine in [*((k, [r for r in records if r.key == k]) for k in "ab"), (ALL, records)]:
+            counted = [bag for (_, who, _), bag in sums.items() if who == key]
+            assert sum(bag["requests"] for bag in counted) == len(mine)
+            assert sum(bag["completion_tokens"] for bag in counted) == sum(r.completion_tokens for r in mine)
 
     def test_a_request_belongs_to_the_day_it_ended(self) -> None:
         late = record(started_at=datetime(2026, 11, 25, 23, 59, 50, tzinfo=UTC).timestamp(), duration_s=20.0)
-        assert used_key(date(2026, 11, 26), "k") in add_up([late])
+        assert (date(2026, 11, 26), "k", "m") in add_up([late])
 
     def test_failures_are_those_of_ours(self) -> None:
-        bag = add_up([record(outcome="stream_error"), record(outcome="cancelled"), record(outcome="client_error")])[used_key(date(2026, 11, 25), "k")]
-        assert bag["m|failed"] == 1
+        bag = add_up([record(outcome="stream_error"), record(outcome="cancelled"), record(outcome="client_error")])[date(2026, 11, 25), "k", "m"]
+        assert bag["failed"] == 1
 
     def test_junk_in_the_stream_is_left_out(self) -> None:
         assert books.records_in([("1-0", {"r": "{nonsense"}), ("2-0", {"x": ""})]) == []
@@ -95,14 +106,93 @@ def test_every_record_is_counted_once_whatever_is_killed(stack: Stack) -> None:
     wait_for(lambda: usage(stack, stack.key)["requests"] == len(records) == 40, "all counted")
     assert usage(stack, stack.key)["completion_tokens"] == sum(r["completion_tokens"] for r in records)
 
-    async def again() -> int:
-        # A second reader that still believes in the old cursor changes nothing.
-        redis = connect(settings(stack))
-        done = await redis.eval(APPLY, 2, LEDGER_CURSOR, used_key(books.today(), "x"), "0-0", "9-0", "60", "2", "m|requests", "5")
-        await redis.aclose()
-        return int(done)
 
-    assert asyncio.run(again()) == 0
+@pytest.fixture(params=["sqlite", "postgres"])
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    with contextlib.ExitStack() as stacked:
+        if request.param == "postgres" and find_postgres() is None:
+            pytest.skip("no Postgres here (on Debian: apt install postgresql)")
+        url = stacked.enter_context(postgres()) if request.param == "postgres" else f"sqlite:///{tmp_path}/ledger.db"
+        made = Database(url, MIGRATIONS)
+        made.migrate()
+        yield made
+        made.close()
+
+
+def test_the_migrations_make_the_tables_of_the_code(kept: Database) -> None:
+    assert kept.transact(lambda c: compare_metadata(MigrationContext.configure(c), tables.metadata)) == []
+
+
+def test_two_ledgers_count_each_record_once(stack: Stack, kept: Database) -> None:
+    async def count() -> int:
+        clients = [connect(settings(stack), timeout_s=5.0) for _ in range(2)]
+        both = [books.Books(client, kept) for client in clients]
+        writer = stack.redis("worker")
+        for n in range(700):
+            writer.xadd(USAGE, {"r": msgspec.json.encode(record(completion_tokens=n))})
+        for _ in range(6):
+            await asyncio.gather(*(each.next_records() for each in both))
+        days = await both[0].days("k", 400)
+        for client in clients:
+            await client.aclose()
+        assert days[0][1]["m"]["requests"] == 700
+        return days[0][1]["m"]["completion_tokens"]
+
+    assert asyncio.run(count()) == sum(range(700))
+
+
+def test_what_was_trimmed_while_it_was_away_is_said(stack: Stack, kept: Database) -> None:
+    """Two thirds of the records were gone without a word (A11)."""
+    writer = stack.redis("worker")
+
+    def write(count: int, keep: int = 10**6) -> None:
+        for _ in range(count):
+            writer.xadd(USAGE, {"r": msgspec.json.encode(record())}, maxlen=keep, approximate=False)
+
+    async def read() -> tuple[int, int]:
+        client = connect(settings(stack), timeout_s=5.0)
+        ledger = books.Books(client, kept)  # a new process
+        while await ledger.next_records():
+            pass
+        await client.aclose()
+        days = await ledger.days("k", 400)
+        return ledger.lost, days[0][1]["m"]["requests"]
+
+    write(30, keep=20)
+    assert asyncio.run(read()) == (0, 20), "what was before its time"
+    write(10, keep=20)
+    assert asyncio.run(read()) == (0, 30), "trimmed, but read before"
+    write(50, keep=20)
+    assert asyncio.run(read()) == (30, 50)
+    write(5, keep=20)
+    assert asyncio.run(read()) == (0, 55), "said once"
+
+
+def test_what_an_older_release_left_in_redis_moves_in(stack: Stack, kept: Database) -> None:
+    """Its keys as it wrote them; a crash in between and a second start count nothing twice."""
+    folder = Path(tempfile.mkdtemp(prefix="old-", dir="/tmp"))
+    cache = Cache(folder)
+    redis = Redis.from_url(cache.url, username="admin", decode_responses=True)
+
+    def write() -> None:
+        redis.hset("used:2026-11-25:k", mapping={"m|requests": 3, "m|completion_tokens": 9, "a|b|requests": 1})
+        redis.set("ledger:cursor", "5-1")
+        redis.set("ledger:cost:2026-11-25", "1.5")
+        redis.set("ledger:tick", "1000.5")
+
+    try:
+        for _ in range(2):
+            write()
+            legacy.move_in(redis, kept)
+            assert redis.keys("*") == []
+        assert legacy.move_in(redis, kept) == 0
+    finally:
+        cache.kill()
+        shutil.rmtree(folder)
+    found = kept.transact(lambda c: c.execute(select(tables.usage).order_by(tables.usage.c.model)).all())
+    assert [(row.key, row.model, row.requests, row.completion_tokens) for row in found] == [("k", "a|b", 1, 0), ("k", "m", 3, 9)]
+    assert kept.transact(lambda c: [tables.read_mark(c, name) for name in ("cursor", "tick")]) == ["5-1", "1000.5"]
+    assert kept.transact(lambda c: c.execute(select(tables.costs.c.usd)).scalar()) == 1.5
 
 
 def test_a_key_sees_its_own_usage_only_and_none_sees_nothing(stack: Stack) -> None:
@@ -184,10 +274,10 @@ def test_alerts_nobody_else_gets_are_log_lines(stack: Stack) -> None:
     assert (line["alert"], line["level"], line["runbook"]) == ("WorkerLost", "warning", "docs/runbooks/WorkerLost.md")
 
 
-def test_money_by_the_clock(stack: Stack) -> None:
+def test_money_by_the_clock(kept: Database) -> None:
     async def spend() -> None:
-        redis, now = connect(settings(stack)), [NOON]
-        costs = Costs(redis, 3600.0, 10_000.0, lambda: now[0])  # a dollar a second
+        now = [NOON]
+        costs = Costs(kept, 3600.0, 10_000.0, lambda: now[0])  # a dollar a second
         await costs.tick()
         assert costs.spent.month == 0
         now[0] += 10
@@ -201,21 +291,47 @@ def test_money_by_the_clock(stack: Stack) -> None:
         now[0] += 5
         await costs.tick()
         assert (costs.spent.today, costs.spent.month) == (pytest.approx(5), pytest.approx(15))
-        again = Costs(redis, 3600.0, 10_000.0, lambda: now[0])  # a new process
+        again = Costs(kept, 3600.0, 10_000.0, lambda: now[0])  # a new process
         await again.tick()
         assert again.spent.month == pytest.approx(15)
         public = again.public(1_000_000)
         assert public is not None
         assert public["usd_per_1m_tokens_today"] == pytest.approx(5)
         assert public["budget_left_usd"] == pytest.approx(9985)
-        assert Costs(redis, 0.0, 0.0).public(5) is None
+        assert Costs(kept, 0.0, 0.0).public(5) is None
         now[0] = datetime(2026, 12, 1, 0, 0, 3, tzinfo=UTC).timestamp()
         await again.tick()
         assert again.spent.month == 0
-        assert await redis.get(cost_key(date(2026, 11, 25))) is not None
-        await redis.aclose()
+        assert kept.transact(lambda c: c.execute(select(tables.costs.c.usd).where(tables.costs.c.day == date(2026, 11, 25))).scalar())
 
     asyncio.run(spend())
+
+
+def test_a_clock_that_is_set_back_counts_no_second_twice(kept: Database) -> None:
+    """90 s back counted 90 s twice (A11); a day back is another clock."""
+    async def spend() -> list[float]:
+        now, found = [NOON], []
+        costs = Costs(kept, 3600.0, 0.0, lambda: now[0])
+        for now[0] in (NOON, NOON + 100, NOON + 10, NOON + 60, NOON + 110, NOON - 80_000, NOON - 79_990):
+            await costs.tick()
+            found.append(costs.spent.month)
+        return found
+
+    assert asyncio.run(spend()) == pytest.approx([0, 100, 100, 100, 110, 0, 10]), "a day back, only its own day is this month's"
+
+
+def test_old_days_are_forgotten(stack: Stack, kept: Database) -> None:
+    async def read() -> None:
+        client = connect(settings(stack), timeout_s=5.0)
+        old, young = date.today() - timedelta(days=401), date.today() - timedelta(days=399)
+        for day in (old, young):
+            kept.transact(lambda c, day=day: tables.put(c, tables.costs, {"day": day}, {"usd": 1.0}))
+        stack.redis("worker").xadd(USAGE, {"r": msgspec.json.encode(record())})
+        await books.Books(client, kept).next_records()
+        await client.aclose()
+        assert kept.transact(lambda c: list(c.execute(select(tables.costs.c.day)).scalars())) == [young]
+
+    asyncio.run(read())
 
 
 def test_the_forecast_ends_with_the_month() -> None:
@@ -257,4 +373,4 @@ def test_gpus_out_of_an_exporters_text() -> None:
 
 def test_a_bad_setting_is_named() -> None:
     with pytest.raises(ValueError, match="hourly_usd"):
-        LedgerSettings(redis_url="redis://x", redis_password_file=os.devnull, hourly_usd=-1)
+        LedgerSettings(redis_url="redis://x", redis_password_file=os.devnull, database_url="sqlite:///x", hourly_usd=-1)

@@ -1,5 +1,6 @@
 """Clients of both redis servers."""
 
+from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -21,6 +22,17 @@ def connect(settings: StateSettings, *, timeout_s: float | None = 1.0) -> Redis:
         socket_connect_timeout=1.0,
         retry=Retry(NoBackoff(), 1),
         **tcp,
+    )
+
+
+BLOCKING_TIMEOUT_S = 10.0
+
+
+def blocking(settings: StateSettings) -> BlockingRedis:
+    """A client of the state redis for programs and moments without an event loop."""
+    return BlockingRedis.from_url(
+        settings.redis_url, username=settings.redis_user, password=settings.redis_password, decode_responses=True,
+        socket_timeout=BLOCKING_TIMEOUT_S, health_check_interval=30,
     )
 
 

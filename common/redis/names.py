@@ -11,10 +11,6 @@ What is live and bounded. State redis (AOF, noeviction):
     key:{id}              string, JSON `ApiKey`                              python -m gateway.keys
     adapters              hash, model name -> JSON `Adapter`                 trainer; removed by the jobs service
     aliases               hash, alias -> JSON `Alias`                        jobs service; followed by gateways
-    used:{day}:{key}      hash, `{model}|{kind}` -> count                    ledger
-    ledger:cursor         string, the last usage entry that is added up      ledger
-    ledger:cost:{day}     string, USD                                        ledger
-    ledger:tick           string, Unix time up to which money is counted     ledger
 
 redis-cache (LRU, no persistence), where everything has a TTL and may be evicted:
 
@@ -23,17 +19,13 @@ redis-cache (LRU, no persistence), where everything has a TTL and may be evicted
     kvseen:kv:...             a chunk that was computed but not admitted     workers
 """
 
-from datetime import date
-
 HEARTBEAT_TTL_MS = 3000
 WORKERS = "workers"
 USAGE = "usage"
 USAGE_MAX_ENTRIES = 300_000
-"""Some 650 bytes each: 200 MB of the state redis. Older ones are in the ledger's books."""
+"""Some 650 bytes each: 200 MB of the state redis. Older ones are in the ledger's sums."""
 ADAPTERS = "adapters"
 ALIASES = "aliases"
-LEDGER_CURSOR = "ledger:cursor"
-LEDGER_TICK = "ledger:tick"
 
 CHANNEL_WORKERS = "workers"
 """JSON `Heartbeat`s."""
@@ -68,13 +60,3 @@ def flushed_key(recorder: str) -> str:
 def api_key_key(key_id: str) -> str:
     """Where an API key's record lives."""
     return f"key:{key_id}"
-
-
-def used_key(day: date, key: str) -> str:
-    """Where one key's usage of one day is."""
-    return f"used:{day.isoformat()}:{key}"
-
-
-def cost_key(day: date) -> str:
-    """Where the cost of a day is."""
-    return f"ledger:cost:{day.isoformat()}"

@@ -54,26 +54,3 @@ redis.call('HSET', KEYS[1], ARGV[1], text)
 redis.call('PUBLISH', ARGV[5], text)
 return text
 """
-
-# KEYS[1] ledger:cursor  KEYS[2..] hashes ; ARGV[1] cursor expected, ARGV[2] new cursor, ARGV[3] seconds to keep,
-# then hash number, field, increment, three by three. Returns 1; 0 when the cursor is elsewhere and nothing is done.
-APPLY = """
-if (redis.call('GET', KEYS[1]) or '0-0') ~= ARGV[1] then return 0 end
-for i = 4, #ARGV, 3 do redis.call('HINCRBY', KEYS[tonumber(ARGV[i])], ARGV[i + 1], ARGV[i + 2]) end
-for i = 2, #KEYS do redis.call('EXPIRE', KEYS[i], ARGV[3]) end
-redis.call('SET', KEYS[1], ARGV[2])
-return 1
-"""
-
-# KEYS[1] ledger:tick  KEYS[2] ledger:cost:{day}
-# ARGV[1] now, ARGV[2] USD a second, ARGV[3] longest gap, ARGV[4] seconds kept
-ACCRUE = """
-local last = tonumber(redis.call('GET', KEYS[1]) or ARGV[1])
-local passed = tonumber(ARGV[1]) - last
-if passed > 0 and passed <= tonumber(ARGV[3]) then
-  redis.call('INCRBYFLOAT', KEYS[2], string.format('%.9f', passed * tonumber(ARGV[2])))
-  redis.call('EXPIRE', KEYS[2], ARGV[4])
-end
-redis.call('SET', KEYS[1], ARGV[1])
-return passed
-"""

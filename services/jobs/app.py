@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from loguru import logger
 from prometheus_client import CollectorRegistry
-from redis import Redis as BlockingRedis
 from starlette.requests import ClientDisconnect
 
 from common import logs
@@ -18,7 +17,7 @@ from common.aliases import AliasTable
 from common.auth import Authenticator
 from common.database import Database
 from common.feed import Feed, load_workers
-from common.redis.connect import connect
+from common.redis.connect import blocking, connect
 from common.redis.names import CHANNEL_ALIASES, CHANNEL_KEYS, CHANNEL_WORKERS
 from common.serving import exposition, make_api
 from common.tasks import end_tasks, repeat
@@ -122,9 +121,7 @@ def servable(table: WorkerTable, aliases: AliasTable) -> set[str]:
 def prepare(settings: JobsSettings, database: Database) -> None:
     """The tables of this release, and what an older one left. Blocks. Raises DatabaseAway, RedisError."""
     database.migrate()
-    with BlockingRedis.from_url(
-        settings.redis_url, username=settings.redis_user, password=settings.redis_password, decode_responses=True
-    ) as redis:
+    with blocking(settings) as redis:
         move_in(redis, database, settings.files_dir)
 
 

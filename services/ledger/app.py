@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
@@ -12,20 +13,26 @@ from prometheus_client import CollectorRegistry
 
 from common import logs
 from common.auth import Authenticator
+from common.database import Database
 from common.feed import Feed, load_workers
-from common.redis.connect import connect
+from common.redis.connect import blocking, connect
 from common.redis.names import CHANNEL_KEYS, CHANNEL_WORKERS
 from common.serving import Owner, exposition, make_api
 from common.tasks import end_tasks, repeat
 from common.workers import WorkerTable
 from services.ledger.costs import Costs
+from services.ledger.legacy import move_in
 from services.ledger.live import LastMinute, Speeds, describe
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.neighbours import LOOK_EVERY_S, Neighbours
 from services.ledger.settings import LedgerSettings
-from services.ledger.usage import ALL, Books, total
+from services.ledger.tables import ALL
+from services.ledger.usage import ENTRIES_AT_ONCE, Books, total
 
 COST_EVERY_S = 5
+FOLLOW_EVERY_S = 0.2
+"""Records are added up together: one transaction for all that came in so long."""
+MIGRATIONS = Path(__file__).with_name("migrations")
 
 
 class Ledger:
@@ -33,12 +40,14 @@ class Ledger:
 
     def __init__(self, settings: LedgerSettings) -> None:
         self._redis = connect(settings)
+        self._database = Database(settings.database_url, MIGRATIONS)
+        self._settings = settings
         self.registry = CollectorRegistry()
         self.metrics = LedgerMetrics(self.registry)
         self.authenticator = Authenticator(self._redis)
         self.table = WorkerTable()
-        self.books = Books(connect(settings, timeout_s=5.0))
-        self.costs = Costs(self._redis, settings.hourly_usd, settings.budget_usd)
+        self.books = Books(connect(settings, timeout_s=5.0), self._database)
+        self.costs = Costs(self._database, settings.hourly_usd, settings.budget_usd)
         self.last_minute = LastMinute()
         self.speeds = Speeds()
         self.neighbours = Neighbours(settings.gpu_exporter_url, settings.prometheus_url)
@@ -52,11 +61,12 @@ class Ledger:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """With its tasks."""
+        await asyncio.to_thread(prepare, self._settings, self._database)
         self.metrics.show(self.costs)
         tasks = [
             asyncio.create_task(work)
             for work in (
-                self._feed.run(), repeat("the usage stream", self._follow, 0.0),
+                self._feed.run(), repeat("the usage stream", self._follow, FOLLOW_EVERY_S),
                 repeat("tending", self._tend, 1.0),
                 repeat("the count of money", self._count_money, COST_EVERY_S),
                 repeat("the look at neighbours", self.neighbours.look, LOOK_EVERY_S),
@@ -70,18 +80,21 @@ class Ledger:
             await self.neighbours.close()
             await self.books.close()
             await self._redis.aclose()
+            self._database.close()
 
     async def _on_connect(self, redis: Any) -> None:
         self.authenticator.distrust()
         await load_workers(redis, self.table)
 
     async def _follow(self) -> None:
-        """The next records of the usage stream, as they come. Raises RedisError."""
-        records = await self.books.next_records()
-        self.metrics.count(records)
-        self.last_minute.add(records)
-        if not records:
-            self.metrics.behind.set(time.time())
+        """What has come into the usage stream. Raises RedisError, DatabaseAway."""
+        while records := await self.books.next_records():
+            self.metrics.count(records)
+            self.last_minute.add(records)
+            if len(records) < ENTRIES_AT_ONCE // 2:
+                break
+        self.metrics.lost.set(self.books.lost)
+        self.metrics.behind.set(time.time())
 
     async def _tend(self) -> None:
         """Silent workers, speeds; call it every second."""
@@ -89,7 +102,7 @@ class Ledger:
         self.speeds.take(self.table.workers.values())
 
     async def _count_money(self) -> None:
-        """Call it every COST_EVERY_S; what it misses is counted at the next tick. Raises RedisError."""
+        """Call it every COST_EVERY_S; what it misses is counted at the next tick. Raises DatabaseAway."""
         await self.costs.tick()
         used = await self.books.days(ALL, 1)
         self._tokens_today = _tokens(total(used[0][1])) if used else 0
@@ -116,6 +129,13 @@ class Ledger:
             "cost": self.costs.public(self._tokens_today),
             "alerts": self.neighbours.alerts,
         }
+
+
+def prepare(settings: LedgerSettings, database: Database) -> None:
+    """The tables of this release, and what an older one left. Blocks. Raises DatabaseAway, RedisError."""
+    database.migrate()
+    with blocking(settings) as redis:
+        move_in(redis, database)
 
 
 def _tokens(counts: dict[str, int]) -> int:

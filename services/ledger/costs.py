@@ -1,8 +1,5 @@
 """What the machine costs: HOURLY_USD for every hour in which the stack runs, per UTC day, durable.
 
-    ledger:cost:{day}   USD spent on that day                kept KEPT_DAYS
-    ledger:tick         Unix time up to which it is counted
-
 A gap of more than MAX_GAP_S between two ticks counts as switched off. A machine that is paid for while the stack is
 down costs more than this says; docs/observability.md says so too.
 """
@@ -13,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from redis.asyncio import Redis
+from sqlalchemy import Connection, select
 
-from common.redis.names import LEDGER_TICK, cost_key
-from common.redis.scripts import ACCRUE
-from services.ledger.usage import KEPT_DAYS
+from common.database import Database
+from services.ledger import tables
 
 MAX_GAP_S = 300.0
 
@@ -34,25 +30,30 @@ class Costs:
     """The clock that adds up money."""
 
     def __init__(
-        self, redis: Redis, hourly_usd: float, budget_usd: float, clock: Callable[[], float] = time.time
+        self, database: Database, hourly_usd: float, budget_usd: float, clock: Callable[[], float] = time.time
     ) -> None:
-        self._redis = redis
+        self._database = database
         self.hourly_usd = hourly_usd
         self.budget_usd = budget_usd
         self._clock = clock
         self.spent = Spent()
 
     async def tick(self) -> None:
-        """Count the time since the last tick, and read what the month has cost. Raises RedisError."""
-        now = self._clock()
-        day = datetime.fromtimestamp(now, UTC).date()
-        await self._redis.eval(
-            ACCRUE, 2, LEDGER_TICK, cost_key(day), f"{now:.3f}", repr(self.hourly_usd / 3600), str(MAX_GAP_S),
-            str(KEPT_DAYS * 86400),
-        )
-        days = [day.replace(day=number) for number in range(1, day.day + 1)]
-        costs = [float(text or 0) for text in await self._redis.mget([cost_key(d) for d in days])]
-        self.spent = Spent(costs[-1], sum(costs))
+        """Count the time since the last tick, and read what the month has cost. Raises DatabaseAway."""
+        self.spent = await self._database.run(self._count)
+
+    def _count(self, c: Connection) -> Spent:
+        tables.take_turn(c)
+        now, mark = self._clock(), tables.read_mark(c, "tick")
+        last = now if mark is None else float(mark)
+        today = datetime.fromtimestamp(now, UTC).date()
+        if 0 < now - last <= MAX_GAP_S:
+            tables.raise_by(c, tables.costs, {"day": today}, {"usd": (now - last) * self.hourly_usd / 3600})
+        if not 0 < last - now <= MAX_GAP_S:  # a clock that was set back a little: those seconds are counted already
+            tables.write_mark(c, "tick", f"{now:.3f}")
+        query = select(tables.costs).where(tables.costs.c.day >= today.replace(day=1), tables.costs.c.day <= today)
+        days = {row.day: float(row.usd) for row in c.execute(query)}
+        return Spent(days.get(today, 0.0), sum(days.values()))
 
     def month_forecast_usd(self) -> float:
         """What this month will have cost if the stack keeps running."""

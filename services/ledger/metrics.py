@@ -12,7 +12,7 @@ OTHERS = "others"
 
 
 class LedgerMetrics:
-    """Counters begin with the process; the books in redis do not."""
+    """Counters begin with the process; the sums in the database do not."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._named: set[str] = set()
@@ -30,6 +30,10 @@ class LedgerMetrics:
             registry=registry,
         )
         self.budget = Gauge("owngpt_budget_month_usd", "The month's budget (BUDGET_USD); 0: none.", registry=registry)
+        self.lost = Gauge(
+            "owngpt_ledger_lost_records", "Usage records that were trimmed off the stream before they were added up.",
+            registry=registry,
+        )
         self.behind = Gauge(
             "owngpt_ledger_last_read_timestamp_seconds", "When the usage stream was last read to its end.",
             registry=registry,

@@ -1,12 +1,10 @@
 """Usage per key and day, added up from the `usage` stream: every record once, whatever is killed.
 
-    used:{day}:{key}   hash, `{model}|{kind}` -> count; KINDS below; key ALL is everybody     kept KEPT_DAYS
-    ledger:cursor      the stream entry up to which everything is in the hashes
-
-Hashes and cursor change in one script, so a crash leaves both or neither behind. Days are UTC. Knows no money and no
-prices: `costs.py` does.
+Sums and the place in the stream change in one transaction, so a crash leaves both or neither behind. Days are UTC.
+Knows no money and no prices: `costs.py` does.
 """
 
+import time
 from collections import Counter as Bag
 from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
@@ -15,19 +13,23 @@ from typing import Any
 import msgspec
 from loguru import logger
 from redis.asyncio import Redis
+from sqlalchemy import Connection, select
 
+from common.database import Database
 from common.records import Record
-from common.redis.names import LEDGER_CURSOR, USAGE, used_key
-from common.redis.scripts import APPLY
+from common.redis.names import USAGE
+from services.ledger import tables
+from services.ledger.tables import ALL, KEPT_DAYS, KINDS
 
-ALL = "all"
-KINDS = ("requests", "failed", "prompt_tokens", "cached_tokens", "completion_tokens")
-KEPT_DAYS = 400
 ENTRIES_AT_ONCE = 500
 BLOCK_MS = 500
+AWAY_S = 5.0
+"""After so long without reading, it is looked whether the stream was trimmed meanwhile."""
 FAILED = frozenset({"upstream_error", "stream_error"})
 
 Entry = tuple[str, dict[str, str]]
+Place = tuple[date, str, str]
+"""(day, key, model)"""
 
 _decode = msgspec.json.Decoder(Record).decode
 
@@ -48,27 +50,17 @@ def records_in(entries: Iterable[Entry]) -> list[Record]:
     return found
 
 
-def add_up(records: Iterable[Record]) -> dict[str, Bag[str]]:
-    """What records add to which hash: hash name -> field -> increment."""
-    sums: dict[str, Bag[str]] = {}
+def add_up(records: Iterable[Record]) -> dict[Place, Bag[str]]:
+    """What records add to which row, by kind."""
+    sums: dict[Place, Bag[str]] = {}
     for record in records:
         day = datetime.fromtimestamp(record.started_at + record.duration_s, UTC).date()
         counts = (1, record.outcome in FAILED, record.prompt_tokens, record.cached_tokens, record.completion_tokens)
         for key in (record.key, ALL):
-            bag = sums.setdefault(used_key(day, key), Bag())
+            bag = sums.setdefault((day, key, record.model[:256]), Bag(dict.fromkeys(KINDS, 0)))
             for kind, count in zip(KINDS, counts, strict=True):
-                if count:
-                    bag[f"{record.model}|{kind}"] += int(count)
+                bag[kind] += int(count or 0)
     return sums
-
-
-def by_model(raw: dict[str, str]) -> dict[str, dict[str, int]]:
-    """A hash as model -> kind -> count, every kind there."""
-    found: dict[str, dict[str, int]] = {}
-    for field, count in raw.items():
-        model, _, kind = field.rpartition("|")
-        found.setdefault(model, dict.fromkeys(KINDS, 0))[kind] = int(count)
-    return dict(sorted(found.items()))
 
 
 def total(models: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -77,39 +69,76 @@ def total(models: dict[str, dict[str, int]]) -> dict[str, int]:
 
 
 class Books:
-    """The hashes in redis."""
+    """The sums in the database. `lost` counts records that were trimmed off the stream before they were read."""
 
-    def __init__(self, redis: Redis) -> None:
-        self._redis = redis
+    def __init__(self, redis: Redis, database: Database) -> None:
+        self._redis, self._database = redis, database
+        self.lost = 0
+        self._read_at = float("-inf")
+        self._forgot_on: date | None = None
 
     async def next_records(self) -> list[Record]:
-        """Add up what came into the stream, and return it; waits up to BLOCK_MS. Raises RedisError: call again then."""
-        cursor = await self._redis.get(LEDGER_CURSOR) or "0-0"
+        """Add up what came into the stream, and return it; waits up to BLOCK_MS. Raises RedisError, DatabaseAway."""
+        cursor = await self._database.run(lambda c: tables.read_mark(c, "cursor")) or "0-0"
+        if time.monotonic() - self._read_at > AWAY_S:
+            await self._look_for_a_gap()
         read: Any = await self._redis.xread({USAGE: cursor}, count=ENTRIES_AT_ONCE, block=BLOCK_MS)
+        self._read_at = time.monotonic()
         entries: list[Entry] = read[0][1] if read else []
         if not entries:
             return []
         records = records_in(entries)
-        sums = add_up(records)
-        changes = [
-            text for number, bag in enumerate(sums.values(), 2) for field, count in bag.items()
-            for text in (str(number), field, str(count))
-        ]
-        applied = await self._redis.eval(
-            APPLY, 1 + len(sums), LEDGER_CURSOR, *sums, cursor, entries[-1][0], str(KEPT_DAYS * 86400), *changes
-        )
+        applied = await self._database.run(lambda c: self._apply(c, cursor, entries, records))
         return records if applied else []
+
+    def _apply(self, c: Connection, cursor: str, entries: list[Entry], records: list[Record]) -> bool:
+        tables.take_turn(c)
+        if (tables.read_mark(c, "cursor") or "0-0") != cursor:
+            return False  # another ledger was faster
+        for (day, key, model), bag in add_up(records).items():
+            tables.raise_by(c, tables.usage, {"day": day, "key": key, "model": model}, dict(bag))
+        tables.write_mark(c, "cursor", str(entries[-1][0]))
+        if (had := tables.read_mark(c, "entries")) is not None:
+            tables.write_mark(c, "entries", str(int(had) + len(entries)))
+        if self._forgot_on != today():
+            self._forgot_on = today()
+            tables.forget(c, today() - timedelta(days=KEPT_DAYS))
+        return True
+
+    async def _look_for_a_gap(self) -> None:
+        """Whether entries that nobody has read were trimmed while this ledger was away: they are in no sum."""
+        if not await self._redis.exists(USAGE):
+            return
+        info: Any = await self._redis.xinfo_stream(USAGE)
+        added = int(info["entries-added"])
+        gone = added - int(info["length"])
+
+        def compare(c: Connection) -> int:
+            tables.take_turn(c)
+            mark, cursor = tables.read_mark(c, "entries"), tables.read_mark(c, "cursor")
+            had = -1 if mark is None else int(mark)
+            if had == -1 and cursor is None:
+                now = gone  # what was trimmed before there was a ledger is none of its business
+            elif not 0 <= had <= added:
+                now = added  # counted from here on: an older release did not, or the stream has begun anew
+            else:
+                now = max(had, gone)
+            tables.write_mark(c, "entries", str(now))
+            return now - had if 0 <= had <= added else 0
+
+        if missed := await self._database.run(compare):
+            self.lost += missed
+            logger.error("usage records were trimmed before they were added up", count=missed)
 
     async def close(self) -> None:
         """Give the connection back."""
         await self._redis.aclose()
 
     async def days(self, key: str, count: int) -> list[tuple[date, dict[str, dict[str, int]]]]:
-        """The last `count` days of a key, today first; days without usage left out."""
-        last = today()
-        wanted = [last - timedelta(days=back) for back in range(count)]
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for day in wanted:
-                pipe.hgetall(used_key(day, key))
-            answers = await pipe.execute()
-        return [(day, by_model(raw)) for day, raw in zip(wanted, answers, strict=True) if raw]
+        """The last `count` days of a key, today first, as model -> kind -> count; days without usage left out."""
+        table, since = tables.usage.c, today() - timedelta(days=count - 1)
+        query = select(tables.usage).where(table.key == key, table.day >= since).order_by(table.day.desc(), table.model)
+        found: dict[date, dict[str, dict[str, int]]] = {}
+        for row in await self._database.run(lambda c: c.execute(query).all()):
+            found.setdefault(row.day, {})[row.model] = {kind: int(getattr(row, kind)) for kind in KINDS}
+        return list(found.items())

@@ -72,6 +72,7 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
         ours("ledger", dials, ["--port", str(ports.ledger)], {
             "GPU_EXPORTER_URL": f"http://127.0.0.1:{ports.gpu_exporter}",
             "PROMETHEUS_URL": f"http://127.0.0.1:{ports.prometheus}" if prometheus else "",
+            "DATABASE_URL": os.environ.get("LEDGER_DATABASE_URL") or f"sqlite:///{dials.state.resolve()}/ledger.db",
         }, secrets=("redis_password",)),
         ours("gpu_exporter", dials, ["--port", str(ports.gpu_exporter)], {"DISKS": str(dials.state)}),
         trainer(dials, ports),

@@ -35,8 +35,8 @@ user jobs on #{jobs} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~adapter
 resetchannels &workers &keys &aliases -@all +ping +hello +multi +exec +discard +get +del +mget +scan +smembers \
 +hget +hset +hgetall +hdel +lrange +xread +xrange +xrevrange +publish +subscribe +unsubscribe +eval
 user ledger on #{ledger} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~used:* ~ledger:* \
-resetchannels &workers &keys -@all +ping +hello +get +set +mget +smembers +hgetall +hincrby +incrbyfloat +expire \
-+xread +subscribe +unsubscribe +eval
+resetchannels &workers &keys -@all +ping +hello +get +del +mget +scan +exists +smembers +hgetall +xread +xinfo|stream \
++subscribe +unsubscribe
 user monitor on #{monitor} resetkeys resetchannels -@all +ping +hello +info +config|get +slowlog|len +slowlog|get \
 +latency|latest +latency|histogram +client|list +client|setname
 user trainer on #{trainer} resetkeys %R~worker:* %R~workers ~adapters resetchannels -@all +ping +hello +mget +smembers \

@@ -13,11 +13,11 @@ from pathlib import Path
 import httpx
 from loguru import logger
 from prometheus_client import start_http_server
-from redis import Redis
 from redis.exceptions import RedisError
 
 from common import logs
 from common.adapters import read_registry
+from common.redis.connect import blocking
 from common.redis.names import ADAPTERS
 from common.settings import read_settings
 from services.trainer.jobs import Jobs, LeaseLost
@@ -35,14 +35,7 @@ class Trainer:
 
     def __init__(self, settings: TrainerSettings) -> None:
         self._settings = settings
-        self._redis = Redis.from_url(
-            settings.redis_url,
-            username=settings.redis_user,
-            password=settings.redis_password,
-            decode_responses=True,
-            socket_timeout=10,
-            health_check_interval=30,
-        )
+        self._redis = blocking(settings)
         self._jobs = Jobs(settings.jobs_url, settings.trainer_token, settings.served_name)
         self._stopping = threading.Event()
         self._tidy_at = 0.0
