@@ -1,17 +1,18 @@
 # make up     the stack as local processes, in the foreground     make test    everything that can be tested here
 # make env    exports for the openai SDK                          make check   linters and types
+# make backup    everything in one archive, while it runs          make restore FROM=…   into an empty STATE_DIR
 # make key    one more API key: make key NAME=alice (make keys, make revoke ID=…)      make bench   the figures of docs/log.md (bench-kv, bench-lifecycle,
-# make top    the running stack in the terminal                                bench-observability: of their parts)
+# make top    the running stack in the terminal                                bench-observability, bench-faults: of their parts)
 # make finetune DATA=questions.jsonl    your own model from your own questions (HELDOUT=file SUFFIX=name EPOCHS=3)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key keys revoke top finetune test check bench bench-kv bench-lifecycle bench-observability base-images clean
+.PHONY: help up env key keys revoke backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults base-images clean
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 up: .venv/.ready
 	@exec $(PY) -m services.local up
@@ -27,6 +28,13 @@ key: .venv/.ready
 
 keys: .venv/.ready
 	@$(PY) -m services.local keys
+
+backup: .venv/.ready
+	@$(PY) -m services.local backup "$(or $(TO),owngpt-$(shell date +%Y%m%d-%H%M%S).tar.gz)"
+
+restore: .venv/.ready
+	@test -n "$(FROM)" || { echo "owngpt: which archive? make restore FROM=owngpt-….tar.gz" >&2; exit 1; }
+	@$(PY) -m services.local restore "$(FROM)"
 
 revoke: .venv/.ready
 	@$(PY) -m services.local revoke "$(ID)"
@@ -59,6 +67,9 @@ bench-kv: .venv/.test-ready
 
 bench-lifecycle: .venv/.test-ready
 	@$(PY) -m bench lifecycle $(BENCH)
+
+bench-faults: .venv/.test-ready
+	@$(PY) -m bench faults $(BENCH)
 
 bench-observability: .venv/.test-ready
 	@$(PY) -m bench observability $(BENCH)

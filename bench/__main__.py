@@ -1,13 +1,14 @@
-"""`python -m bench [stack|kv|lifecycle|observability]`: run a set of figures, print its table, write bench/results/NAME.json."""
+"""`python -m bench [stack|kv|lifecycle|observability|faults]`: run a set of figures, print its table, write bench/results/NAME.json."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from bench import kv, lifecycle, observability, stack
+from bench import faults, kv, lifecycle, observability, stack
 
-SETS = {"stack": stack, "kv": kv, "lifecycle": lifecycle, "observability": observability}
+SETS = {"stack": stack, "kv": kv, "lifecycle": lifecycle, "observability": observability,
+        "faults": faults}
 
 
 def main() -> int:

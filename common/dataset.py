@@ -25,6 +25,8 @@ PAIRS = {"prompt": "completion", "question": "answer"}
 MIN_EXAMPLES = 10
 MAX_LINE_BYTES = 1024 * 1024
 CALL = """a call is {"function": {"name": "…", "arguments": "…"}}, with the text of a JSON object as arguments"""
+SHOWN_CHARS = 100
+MAX_ROWS = 1_000_000  # more say nothing that a LoRA adapter can hold, and each fingerprint is remembered
 MAX_PROBLEMS = 1000
 """With so many the rest of a file is not read: it is another kind of file."""
 
@@ -66,7 +68,8 @@ class Dataset:
     examples: list[Example] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     duplicates: list[tuple[int, int]] = field(default_factory=list)
-    """(line, earlier line that says the same)"""
+    """(line, earlier line that says the same), the first MAX_PROBLEMS of `repeated`"""
+    repeated: int = 0
     lines: dict[bytes, int] = field(default_factory=dict)
     """Fingerprints of all examples, and the line on which each came first."""
 
@@ -94,7 +97,12 @@ def read(lines: Iterable[bytes], *, min_examples: int = MIN_EXAMPLES, keep: bool
             if keep:
                 found.examples.append(example)
             if (earlier := found.lines.setdefault(example.fingerprint, number)) != number:
-                found.duplicates.append((number, earlier))
+                found.repeated += 1
+                if len(found.duplicates) < MAX_PROBLEMS:
+                    found.duplicates.append((number, earlier))
+        if rows > MAX_ROWS:
+            found.problems.append(Problem(number, "", "too_many_examples", f"more than {MAX_ROWS} rows"))
+            return found
         if len(found.problems) >= MAX_PROBLEMS:
             text = f"{MAX_PROBLEMS} problems up to here; the rest of the file was not read"
             found.problems[MAX_PROBLEMS:] = [Problem(number, "", "too_many_problems", text)]
@@ -173,7 +181,7 @@ def _example(line: int, row: dict[str, object], problems: list[Problem]) -> Exam
         )
         return None
     problems += (
-        Problem(line, key, "unrecognized_key", f"{key!r} is not a field of a chat row")
+        Problem(line, shown(key), "unrecognized_key", f"{shown(key)} is not a field of a chat row")
         for key in sorted(row.keys() - ROW_KEYS)
     )
     messages, tools = row["messages"], row.get("tools") or []
@@ -227,7 +235,7 @@ def _pair(line: int, row: dict[str, object], question: str, answer: str, problem
         elif not isinstance(row[key], str) or not str(row[key]).strip():
             problems.append(Problem(line, key, "missing_content", f"{_kind(row[key])}; text is needed"))
     problems += (
-        Problem(line, key, "unrecognized_key", f"{key!r} beside {question!r} and {answer!r}")
+        Problem(line, shown(key), "unrecognized_key", f"{shown(key)} beside {question!r} and {answer!r}")
         for key in sorted(row.keys() - {question, answer})
     )
     if len(problems) > before:
@@ -242,12 +250,12 @@ def _wrong(message: object) -> Iterator[tuple[str, str, str]]:
         yield "", "data_type", f"{_kind(message)}; a message is an object"
         return
     for key in sorted(message.keys() - MESSAGE_KEYS):
-        yield f".{key}", "message_unrecognized_key", f"{key!r} is not a field of a message"
+        yield f".{shown(key)}", "message_unrecognized_key", f"{shown(key)} is not a field of a message"
     role = message.get("role")
     if "role" not in message:
         yield ".role", "message_missing_key", 'no "role"'
     elif role not in ROLES:
-        yield ".role", "unrecognized_role", f"{role!r}; a role is one of {', '.join(ROLES)}"
+        yield ".role", "unrecognized_role", f"{shown(role)!r}; a role is one of {', '.join(ROLES)}"
     content = message.get("content")
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and calls and all(isinstance(call, dict) for call in calls)):
@@ -262,7 +270,12 @@ def _wrong(message: object) -> Iterator[tuple[str, str, str]]:
         if role != "assistant":
             yield ".weight", "weight_not_assistant", "only assistant messages have a weight"
         elif message["weight"] not in (0, 1) or isinstance(message["weight"], bool):
-            yield ".weight", "invalid_weight", f"{message['weight']!r}; a weight is 0 or 1"
+            yield ".weight", "invalid_weight", f"{shown(message['weight'])}; a weight is 0 or 1"
+
+
+def shown(value: object) -> str:
+    """What somebody has written, in a message: the beginning of it, and nothing that JSON could not say again."""
+    return str(value)[:SHOWN_CHARS].encode("utf-8", "backslashreplace").decode()
 
 
 def _callable(call: dict[str, object]) -> bool:

@@ -103,14 +103,14 @@ def redis_of(stack: Stack, user: str = "jobs") -> Redis:
 class Service:
     """The batches of one jobs process."""
 
-    def __init__(self, database: Database, folder: Path, redis: Redis, door: Door, room: int = 4) -> None:
+    def __init__(self, database: Database, folder: Path, redis: Redis, door: Door, room: int = 4, max_waiting: int = 100) -> None:
         before = tempfile.tempdir
         self.database, self.files = database, Files(database, folder, 10_000_000, 1000)
         tempfile.tempdir = before
         self.means = Means(database, self.files, redis, door, lambda: {"m"}, lambda n: n < room,
                            JobsMetrics(CollectorRegistry()))
         self.leases = Leases(database, tables.batches, UNFINISHED)
-        self.batches = Batches(self.means, self.leases)
+        self.batches = Batches(self.means, self.leases, max_waiting)
 
     async def upload(self, lines: int, owner: str = "owner") -> str:
         rows = [{"custom_id": f"c{i}", "method": "POST", "url": CHAT, "body": {"model": "m", "messages": []}} for i in range(lines)]

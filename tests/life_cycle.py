@@ -379,8 +379,9 @@ class JobLife(Life):
                 assert (status, wish) == ("succeeded", self.wishes[job])
                 return
         assert not (status == "succeeded" and job in self.wishes), "an accepted wish was ignored"
-        if status != "running":
-            self.wishes.pop(job, None)
+        if status != "running" and self.wishes.pop(job, None) == "cancel":
+            now = self.do(self.tuning.get(job, "owner")).status
+            assert now in ("cancelled", "failed"), "an accepted cancel was lost"
         self.held.pop(who, None)
 
     @rule()

@@ -68,6 +68,15 @@ class TestLines:
         assert [(p["line"], p["code"]) for p in found.problems] == [(2, "line_too_long")]
         assert peak < 20_000_000
 
+    def test_a_mistake_is_shown_and_not_copied(self, tmp_path: Path) -> None:
+        """A thousand mistakes of 200 kB each were kept in memory and in the database (B3)."""
+        for field in ("method", "url", "custom_id"):
+            _, problems, _ = check(tmp_path, row("good"), row(f"x{field}", **{field: "y" * 200_000}))
+            assert problems
+            assert len(json.dumps(problems)) < 600
+        _, problems, _ = check(tmp_path, row("x", body={"model": "\ud800" * 100_000}))
+        assert len(json.dumps(problems).encode()) < 2000
+
     def test_an_empty_file(self, tmp_path: Path) -> None:
         assert check(tmp_path)[1][0]["code"] == "empty_file"
 
@@ -89,7 +98,7 @@ class TestResults:
 
     def answer(self, line: int, ok: bool = True) -> Result:
         usage = {"prompt_tokens": 5, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 2}}
-        return Result(line, ok, {"custom_id": str(line), "response": {"status_code": 200 if ok else 400, "body": {"usage": usage} if ok else {}}})
+        return Result.of(line, ok, {"custom_id": str(line), "response": {"status_code": 200 if ok else 400, "body": {"usage": usage} if ok else {}}})
 
     def find(self, kept: Mortal, batch: Batch) -> Batch:
         found = kept.transact(lambda c: tables.find(c, tables.batches, Batch, batch.id))
@@ -150,6 +159,18 @@ class TestResults:
         assert [row["custom_id"] for row in rows] == [str(n) for n in range(2, 1101, 2)]
         assert size == (tmp_path / "good").stat().st_size
         assert Results(kept, batch, "t").write_file(False, tmp_path / "none") == 0
+
+    def test_large_answers_are_never_all_in_memory(self, kept: Mortal, batch: Batch, tmp_path: Path) -> None:
+        """500 rows were read at once: a container of 2 GB was killed again and again."""
+        results = Results(kept, batch, "t")
+        for line in range(150):
+            results.add(Result.of(line, True, {"custom_id": str(line), "text": "x" * 1_000_000}))
+            results.flush()
+        assert results.waiting_bytes == 0
+        tracemalloc.start()
+        assert results.write_file(True, tmp_path / "good") > 150_000_000
+        assert tracemalloc.get_traced_memory()[1] < 60_000_000
+        tracemalloc.stop()
 
 
 class TestLimit:

@@ -1,6 +1,7 @@
 """The jobs service's database: SQLite and a real Postgres, its migrations, and the state that older releases left in redis."""
 
 import asyncio
+import io
 import json
 import multiprocessing
 import os
@@ -18,14 +19,14 @@ from common import errors
 from common.database import Database, DatabaseAway
 from common.files import new_id
 from common.tuning import FINISHED, MAX_EVENTS, End, Job, Report, event
-from services.jobs import legacy, tables
+from services.jobs import checks, legacy, tables
 from services.jobs.app import MIGRATIONS
 from services.jobs.batch import Batch
 from services.jobs.front_door import Answer
 from services.jobs.trainers import Trainers
 from services.jobs.tuning import CreateJob, Tuning
 from tests.harness import Cache, Stack, running
-from tests.jobs_service import GOOD, Door, Service, database, find_postgres, postgres, redis_of
+from tests.jobs_service import CHAT, GOOD, Door, Service, database, find_postgres, postgres, redis_of
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +241,24 @@ class TestTrainers:
 
         asyncio.run(live())
 
+    def test_the_last_wish_that_was_accepted_is_done(self, kept: Database) -> None:
+        """A cancel after a pause was lost with the pause; a pause after a cancel took its place."""
+        async def live() -> None:
+            tuning, trainers = Tuning(kept, None, frozenset, 5), Trainers(kept)  # type: ignore[arg-type]
+            job = a_job()
+            kept.transact(lambda c: tables.add(c, tables.jobs, job))
+            leased = await trainers.lease("m")
+            assert leased is not None
+            await tuning.pause(job)
+            await tuning.cancel(job)
+            with pytest.raises(errors.InvalidRequest):
+                await tuning.pause(job)
+            for _ in range(2):
+                await trainers.end(job.id, End(leased.token, "paused"))
+            assert (await tuning.get(job.id, "owner")).status == "cancelled"
+
+        asyncio.run(live())
+
     def test_events_and_jobs_are_bounded(self, kept: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tables, "MAX_EVENTS", 5)
         monkeypatch.setattr(tables, "KEPT_PER_KEY", 3)
@@ -269,6 +288,171 @@ class TestTrainers:
                 await Tuning(kept, None, lambda: frozenset({"m"}), 5).create(CreateJob(model="m", training_file=file), "owner")  # type: ignore[arg-type]
 
         asyncio.run(live())
+
+
+def test_one_key_cannot_take_the_service_down_with_batches(kept: Database, floor: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each was begun at once, with all of its lines in memory and a thread of the few."""
+    monkeypatch.setattr("services.jobs.batches.RUNNING_AT_ONCE", 2)
+
+    async def live() -> None:
+        redis = redis_of(floor)
+        service = Service(kept, tmp_path / "files", redis, Door(Answer(503, None)), max_waiting=5)
+        file = await service.upload(2)
+        made = [await service.create(file) for _ in range(5)]
+        with pytest.raises(errors.InvalidRequest, match="MAX_WAITING_BATCHES"):
+            await service.create(file)
+        await service.batches.look()
+        assert len(service.batches._tasks) == 2
+        service.means.ask.script = [GOOD]  # type: ignore[attr-defined]
+        for batch in made:
+            for _ in range(200):
+                await service.batches.look()
+                if (await service.batches.get(batch.id, "owner")).status == "completed":
+                    break
+                await asyncio.sleep(0.02)
+            else:
+                raise AssertionError("never its turn")
+        await service.batches.close()
+        await redis.aclose()
+
+    asyncio.run(live())
+
+
+def test_a_clean_stop_is_no_failed_try(kept: Database, floor: Stack, tmp_path: Path) -> None:
+    """After five restarts a batch that waited for a worker was given up."""
+    async def live() -> None:
+        redis = redis_of(floor)
+        made = None
+        for _ in range(8):
+            service = Service(kept, tmp_path / "files", redis, Door(Answer(503, None)))
+            made = made or await service.create(await service.upload(2))
+            await service.batches.look()
+            await asyncio.sleep(0.05)
+            await service.batches.close()
+        assert made is not None
+        service = Service(kept, tmp_path / "files", redis, Door(GOOD))
+        await service.batches.look()
+        assert (await service.over(made.id)).status == "completed"
+        await service.batches.close()
+        await redis.aclose()
+
+    asyncio.run(live())
+
+
+def test_a_batch_begun_while_leases_are_renewed_goes_on(kept: Database, floor: Stack, tmp_path: Path) -> None:
+    """It was taken for lost, and stood still until its lease had run out."""
+    async def live() -> None:
+        redis = redis_of(floor)
+        service = Service(kept, tmp_path / "files", redis, Door(Answer(503, None)))
+        file = await service.upload(2)
+        for _ in range(15):
+            looking = asyncio.create_task(service.batches.look())
+            await asyncio.sleep(0)
+            await service.create(file)
+            await looking
+        assert not any(run.lost for run in service.batches._runs.values())
+        await service.batches.close()
+        await redis.aclose()
+
+    asyncio.run(live())
+
+
+def test_a_batch_whose_model_is_away_takes_no_place_from_another(kept: Database, floor: Stack, tmp_path: Path) -> None:
+    class HalfThere(Door):
+        async def __call__(self, endpoint: str, body: bytes, *asked: str) -> Answer:
+            self.script = [GOOD if b'"here"' in body else Answer(503, None)]
+            return await super().__call__(endpoint, body, *asked)
+
+    async def live() -> None:
+        redis = redis_of(floor)
+        service = Service(kept, tmp_path / "files", redis, HalfThere(GOOD), room=4)
+        service.means.models = lambda: {"m", "here"}
+        away = await service.create(await service.upload(20))
+        await asyncio.sleep(0.3)
+        rows = [{"custom_id": f"c{i}", "method": "POST", "url": CHAT, "body": {"model": "here"}} for i in range(20)]
+        file = await service.files.add(io.BytesIO("".join(json.dumps(r) + "\n" for r in rows).encode()), "b", "batch", "owner")
+        assert (await service.over((await service.create(file.id)).id, 5)).completed == 20
+        assert (await service.batches.get(away.id, "owner")).completed == 0
+        assert service.means.in_flight <= 4
+        await service.batches.close()
+        assert service.means.in_flight == 0
+        await redis.aclose()
+
+    asyncio.run(live())
+
+
+def test_checks_are_made_one_at_a_time_and_a_killed_one_again(kept: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[int] = []
+    most, tries = [0], [0]
+
+    async def check(paths: list[Path]) -> dict:
+        running.append(1)
+        most[0], tries[0] = max(most[0], len(running)), tries[0] + 1
+        await asyncio.sleep(0.02)
+        running.pop()
+        if tries[0] == 1:
+            raise checks.Killed("by signal 9")
+        return {"problems": [], "warnings": []}
+
+    async def live() -> None:
+        monkeypatch.setattr(checks, "run_check", check)
+        monkeypatch.setattr("services.jobs.leases.LEASE_S", 0.05)
+        service = Service(kept, tmp_path / "files", None, Door(GOOD))  # type: ignore[arg-type]
+        jobs = [a_job(status="validating_files") for _ in range(4)]
+        for job in jobs:
+            kept.transact(lambda c, job=job: tables.add(c, tables.jobs, job))
+        looks = checks.Checks(kept, service.files)
+        for _ in range(60):
+            await looks.look()
+            await asyncio.sleep(0.02)
+        statuses = [kept.transact(lambda c, job=job: tables.find(c, tables.jobs, Job, job.id)).status for job in jobs]  # type: ignore[union-attr]
+        assert statuses == ["queued"] * 4
+        assert (most[0], tries[0]) == (1, 5)
+        await looks.close()
+
+    asyncio.run(live())
+
+
+def test_room_that_nobody_uses_goes_back_to_the_disk(tmp_path: Path) -> None:
+    """100 MB written and deleted stayed 100 MB."""
+    made = database(tmp_path)
+    jobs = [a_job(status="failed") for _ in range(20)]
+    for job in jobs:
+        made.transact(lambda c, job=job: (tables.add(c, tables.jobs, job), tables.say(c, job.id, [event("x" * 1_000_000)])))
+    made.transact(lambda c: c.execute(tables.jobs.delete()))
+    made.tidy()
+    assert sum(path.stat().st_size for path in tmp_path.glob("jobs.db*")) < 1_000_000
+    made.close()
+
+
+def test_odd_state_of_an_older_release_stops_nobody(kept: Database, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    cache = Cache(tmp_path / "cache")
+    redis = Redis.from_url(cache.url, username="admin", decode_responses=True)
+    batch = Batch(id=new_id("batch"), owner="o", status="finalizing", endpoint=CHAT, input_file_id=new_id("file"),
+                  completion_window="24h", created_at=1, expires_at=2, results=new_id("file"), failures=new_id("file"), total=4, completed=4)
+    old = {name: getattr(batch, name) for name in Batch.__struct_fields__ if name != "ends"}
+    try:
+        redis.hset(f"bt:{batch.id}", mapping={k: v if k == "status" else json.dumps(v) for k, v in old.items()})
+        redis.hset("ftjob:odd", mapping={"status": "queued", "id": "{"})
+        redis.set("file:odd", "no JSON")
+        moved = {"id": batch.results, "owner": "o", "filename": "x", "purpose": "batch_output", "bytes": 1, "created_at": 1}
+        redis.set(f"file:{batch.results}", json.dumps(moved))
+        (tmp_path / "batches").mkdir()
+
+        def row(n: int) -> str:
+            return json.dumps({"id": f"batch_req_{batch.id[6:]}_{n}", "custom_id": f"c{n}"}) + "\n"
+
+        (tmp_path / batch.results).write_text(row(1) + '{"id": "torn' + "\n" + row(2) + row(2))  # killed while it showed its files
+        (tmp_path / "batches" / batch.failures).write_text(row(3) + row(1))
+        assert legacy.move_in(redis, kept, tmp_path) == 2
+        assert sorted(redis.keys("*")) == ["file:odd", "ftjob:odd"]
+    finally:
+        cache.kill()
+    found = kept.transact(lambda c: tables.find(c, tables.batches, Batch, batch.id))
+    assert found is not None
+    assert (found.status, found.completed, found.failed) == ("in_progress", 2, 1)
+    assert kept.transact(lambda c: tables.count(c, tables.files)) == 0
 
 
 def test_what_an_older_release_left_in_redis_moves_in(kept: Database, tmp_path: Path) -> None:

@@ -118,6 +118,14 @@ class TestDataset:
         assert not named & kept
         assert named | kept == {i for i, line in enumerate(lines, 1) if line.strip()}
 
+    def test_a_mistake_is_shown_and_not_copied(self) -> None:
+        """Keys of a megabyte stood in a thousand events; one that no UTF-8 can say made every list of jobs a 500."""
+        for row in ({**GOOD, "k" * 500_000: 1}, {"messages": [{**USER, "\ud800" * 1000: 1}, SAID]}, {"messages": [{"role": "r" * 500_000}]},
+                    {"messages": [USER, {**SAID, "weight": "w" * 500_000}]}, {"question": "q", "answer": "a", "z" * 500_000: 1}):
+            found = read(row)
+            assert found.problems
+            assert len("".join(map(str, found.problems)).encode()) < 3000
+
     def test_a_file_of_nothing_but_mistakes_is_not_kept_in_memory(self) -> None:
         """1.5 MB of `{}` cost half a gigabyte (B3)."""
         found = dataset.read(itertools.repeat(b"{}\n"))

@@ -142,7 +142,9 @@ def test_what_crashes_left_on_the_volume_is_swept(tmp_path: Path) -> None:
     async def live() -> None:
         kept = database(tmp_path, Mortal)
         service = Service(kept, tmp_path / "files", redis=None, door=Door(GOOD))  # type: ignore[arg-type]
-        look_after = Tending(Feed(lambda: None, {}, lambda _: asyncio.sleep(0)), WorkerTable(), service.files)  # type: ignore[arg-type,return-value]
+        look_after = Tending(Feed(lambda: None, {}, lambda _: asyncio.sleep(0)), WorkerTable(), service.files, kept)  # type: ignore[arg-type,return-value]
+        assert await look_after.once() is False, "whoever waits to register a file comes first"
+        look_after._sweep_at -= 3600
         known = await service.upload(1)
         for name, age_s in ((known, 7200), ("file-left", 7200), ("file-new", 10)):
             (service.files.folder / name).touch()

@@ -29,7 +29,7 @@ from services.jobs.internal import add_internal
 from services.jobs.trainers import Trainers
 from services.jobs.tuning import Tuning
 from services.trainer import publish, runner
-from services.trainer.__main__ import remove_old
+from services.trainer.__main__ import Trainer, remove_old
 from services.trainer.jobs import Jobs, LeaseLost, Work
 from services.trainer.runner import Runner, Stopped
 from services.trainer.settings import TrainerSettings
@@ -208,6 +208,9 @@ class Redis:
         self.adapters.setdefault(name, adapter)
         return 1
 
+    def hget(self, _: str, name: str) -> Any:
+        return self.adapters.get(name)
+
     def hdel(self, _: str, name: str) -> None:
         self.adapters.pop(name, None)
 
@@ -290,6 +293,59 @@ class TestJob:
         assert service.find(job).status == status
         assert self.redis.adapters == {}, "nobody is served what was cancelled"
 
+    @pytest.mark.parametrize("what", ["cancel", "stop"])
+    def test_a_run_that_talks_all_the_time_is_still_told(
+        self, service: Service, start: Any, monkeypatch: pytest.MonkeyPatch, what: str
+    ) -> None:
+        """With ten steps a second the lease ran out, and nobody heard a cancel, or a SIGTERM, for minutes."""
+        step = {"kind": "message", "message": "step", "level": "info"}
+        monkeypatch.setattr(ScriptedRun, "script", [step] * 10_000)
+        job, run = start()
+        if what == "cancel":
+            asyncio.run(service.tuning.cancel(service.find(job)))
+            run.run()
+            assert service.find(job).status == "cancelled"
+        else:
+            threading.Timer(0.3, self.stopping.set).start()
+            with pytest.raises(Stopped):
+                run.run()
+        assert service.messages(job).count("step") < 9000
+
+    @pytest.mark.parametrize("how", ["killed, then cancelled", "no worker has it", "redis away at the end"])
+    def test_only_a_job_that_succeeded_leaves_a_model(
+        self, service: Service, start: Any, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        """Registered by an earlier life, or refused after that, it was served for ever."""
+        job, run = start()
+        if how == "killed, then cancelled":
+            monkeypatch.setattr(publish, "wait_until_served", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):  # as good as kill -9: nothing of ours goes on
+                run.run()
+            assert self.redis.adapters
+            asyncio.run(service.tuning.cancel(service.find(job)))
+            now = time.time()
+            monkeypatch.setattr("services.jobs.trainers.time.time", lambda: now + 16)
+            again = jobs.claim()
+            assert again is not None
+            Runner(run._settings, self.redis, again, self.stopping).run()  # type: ignore[arg-type]
+        elif how == "no worker has it":
+            monkeypatch.setattr(publish, "ready_workers", lambda redis, model: [] if model.startswith("ft:") else [SimpleNamespace(address="w:1")])
+            monkeypatch.setattr(publish, "LOAD_PATIENCE_S", 0.1)
+            run.run()
+        else:
+            away = iter([RedisAway("away")] * 3)
+
+            def withdraw(redis: Any, name: str, folder: str, then: Any = publish.withdraw) -> None:
+                for error in away:
+                    raise error
+                then(redis, name, folder)
+
+            monkeypatch.setattr(publish, "withdraw", withdraw)
+            monkeypatch.setattr(publish, "wait_until_served", lambda *_: (_ for _ in ()).throw(publish.Refused("not_loaded", "no")))
+            run.run()
+        assert service.find(job).status == ("cancelled" if "cancelled" in how else "failed")
+        assert self.redis.adapters == {}
+
     def test_redis_that_is_away_for_a_while_costs_no_training(self, service: Service, start: Any) -> None:
         job, run = start()
         self.redis.away = 3
@@ -355,3 +411,23 @@ def test_runs_of_jobs_that_are_over_leave_the_disk(tmp_path: Path) -> None:
     everything = ["checkpoints", "prompts.json", "run.json"]
     assert {folder.name: sorted(path.name for path in folder.iterdir()) for folder in tmp_path.iterdir()} == {
         "ftjob-over": ["run.json"], "ftjob-just-over": everything, "ftjob-running": everything}
+
+
+def test_an_empty_registry_is_no_reason_to_delete_every_model(tmp_path: Path) -> None:
+    """A redis without its data, and ten minutes later all weights were gone."""
+    class Registry:
+        entries: ClassVar[list[str]] = []
+
+        def hvals(self, _: str) -> list[str]:
+            return self.entries
+
+    for name in ("ftjob-a", "ftjob-b"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - 7200,) * 2)
+    trainer = object.__new__(Trainer)
+    trainer._settings = SimpleNamespace(adapters_dir=tmp_path, runs_dir=tmp_path / "ftjob-a")  # type: ignore[assignment]
+    trainer._redis, trainer._jobs = Registry(), SimpleNamespace(unfinished=set)  # type: ignore[assignment]
+    for entries, left in (([], ["ftjob-a", "ftjob-b"]), (['{"name": "ft:odd", "folder": "ftjob-a"'], ["ftjob-a"])):
+        Registry.entries, trainer._tidy_at = entries, 0.0
+        trainer._tidy()
+        assert sorted(path.name for path in tmp_path.iterdir()) == left

@@ -29,7 +29,7 @@ from services.jobs.batch_load import LOOK_EVERY_S, BatchLoad
 from services.jobs.batch_run import Means
 from services.jobs.batches import Batches
 from services.jobs.checks import Checks
-from services.jobs.files import Files
+from services.jobs.files import ORPHAN_S, Files
 from services.jobs.front_door import FrontDoor
 from services.jobs.internal import add_internal
 from services.jobs.leases import RENEW_EVERY_S, Leases
@@ -80,7 +80,8 @@ async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
     front_door = FrontDoor(settings.gateway_url, settings.service_token)
     load, checks = BatchLoad(redis, table), Checks(database, files)
     means = Means(database, files, redis, front_door, lambda: servable(table, aliases), load.room, metrics)
-    state.batches = batches = Batches(means, Leases(database, tables.batches, UNFINISHED))
+    leases = Leases(database, tables.batches, UNFINISHED)
+    state.batches = batches = Batches(means, leases, settings.max_waiting_batches)
 
     async def on_connect(connection: Any) -> None:
         authenticator.distrust()
@@ -92,7 +93,7 @@ async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
         {CHANNEL_WORKERS: table.take, CHANNEL_KEYS: authenticator.forget, CHANNEL_ALIASES: aliases.take},
         on_connect,
     )
-    look_after = Tending(feed, table, files)
+    look_after = Tending(feed, table, files, database)
     background = [
         asyncio.create_task(work)
         for work in (
@@ -131,9 +132,9 @@ SWEEP_EVERY_S, SWEEP_AGAIN_S = 3600.0, 60.0
 class Tending:
     """Forgets silent workers; once an hour removes what crashes left on the volume."""
 
-    def __init__(self, feed: Feed, table: WorkerTable, files: Files) -> None:
-        self._feed, self._table, self._files = feed, table, files
-        self._sweep_at = 0.0
+    def __init__(self, feed: Feed, table: WorkerTable, files: Files, database: Database) -> None:
+        self._feed, self._table, self._files, self._database = feed, table, files, database
+        self._sweep_at = time.monotonic() + ORPHAN_S  # whoever waited for this service registers its files first
 
     async def once(self) -> bool:
         """What is due, every second; whether anything was asked. Raises OSError."""
@@ -143,6 +144,7 @@ class Tending:
         self._sweep_at = time.monotonic() + SWEEP_AGAIN_S
         if removed := await self._files.sweep():
             logger.info("removed files without a record", count=removed)
+        await asyncio.to_thread(self._database.tidy)
         self._sweep_at = time.monotonic() + SWEEP_EVERY_S
         return True
 

@@ -11,6 +11,8 @@ import msgspec
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 MAX_LINES = 50_000
+MAX_NAME_CHARS = 512
+SHOWN_CHARS = 100
 MAX_PROBLEMS = 1000
 MAX_LINE_BYTES = 4 * 1024 * 1024
 """About what the gateway takes as a body (MAX_BODY_BYTES)."""
@@ -31,6 +33,11 @@ class Found(NamedTuple):
     lines: list[Line]
     problems: list[dict[str, Any]]
     models: set[str]
+
+
+def shown(value: object) -> str:
+    """A client's value in a message: the beginning of it, and nothing that JSON could not say again."""
+    return repr(value)[:SHOWN_CHARS].encode("utf-8", "backslashreplace").decode()
 
 
 def problem(line: int | None, code: str, message: str, param: str | None = None) -> dict[str, Any]:
@@ -75,14 +82,15 @@ def _wrong(
         yield problem(number, "invalid_json_line", "This line is not a JSON object.")
         return
     name = row.get("custom_id")
-    if not isinstance(name, str) or not name:
-        yield problem(number, "missing_required_parameter", "custom_id: a text is needed.", "custom_id")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS:
+        text = f"custom_id: a text of 1 to {MAX_NAME_CHARS} characters is needed."
+        yield problem(number, "missing_required_parameter", text, "custom_id")
     elif (earlier := seen.setdefault(name, number)) != number:
-        yield problem(number, "duplicate_custom_id", f"custom_id {name!r} is also on line {earlier}.", "custom_id")
+        yield problem(number, "duplicate_custom_id", f"custom_id {shown(name)} is also on line {earlier}.", "custom_id")
     if row.get("method") != "POST":
-        yield problem(number, "invalid_method", f"method: {row.get('method')!r}; only 'POST'.", "method")
+        yield problem(number, "invalid_method", f"method: {shown(row.get('method'))}; only 'POST'.", "method")
     if row.get("url") != endpoint:
-        text = f"url: {row.get('url')!r}; the batch's endpoint is {endpoint!r}."
+        text = f"url: {shown(row.get('url'))}; the batch's endpoint is {endpoint!r}."
         yield problem(number, "mismatched_url", text, "url")
     body = row.get("body")
     if not isinstance(body, dict):
@@ -91,8 +99,8 @@ def _wrong(
     if body.get("stream"):
         yield problem(number, "invalid_parameter", "body.stream: a batch has no streams.", "body.stream")
     model = body.get("model")
-    if not isinstance(model, str) or (models is not None and model not in models):
-        yield problem(number, "model_not_found", f"body.model: {model!r} does not exist.", "body.model")
+    if not isinstance(model, str) or len(model) > MAX_NAME_CHARS // 2 or (models is not None and model not in models):
+        yield problem(number, "model_not_found", f"body.model: {shown(model)} does not exist.", "body.model")
     else:
         used.add(model)
 

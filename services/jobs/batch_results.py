@@ -20,7 +20,9 @@ EXPIRED = {"code": "batch_expired", "message": "The batch's time was over before
 
 UNREADABLE = {"code": "unreadable_answer", "message": "The answer is not JSON, or did not come."}
 
-PAGE = 500
+PAGE = 20
+"""Rows read at once: one may have megabytes."""
+NOTHING_USED = {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
 
 
 class Result(NamedTuple):
@@ -28,7 +30,13 @@ class Result(NamedTuple):
 
     line: int
     good: bool
-    row: dict[str, Any]
+    row: str
+    used: dict[str, int]
+
+    @classmethod
+    def of(cls, line: int, good: bool, row: dict[str, Any]) -> "Result":
+        """From a line of a results file."""
+        return cls(line, good, json.dumps(row), used_by(row))
 
 
 class Results:
@@ -39,7 +47,9 @@ class Results:
         self._waiting: list[Result] = []
         self._writing = threading.Lock()
         self.completed, self.failed = batch.completed, batch.failed
-        self.usage = batch.usage or {"input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
+        self.usage = batch.usage or NOTHING_USED
+        self.waiting_bytes = 0
+        """Of results that are not in the database yet."""
 
     @property
     def waiting(self) -> int:
@@ -55,6 +65,7 @@ class Results:
     def add(self, result: Result) -> None:
         """Take a result; `flush` brings it to the database."""
         self._waiting.append(result)
+        self.waiting_bytes += len(result.row)
 
     def flush(self) -> int:
         """Write what waits, and the counts with it. Blocks. Returns how many results that were.
@@ -65,14 +76,13 @@ class Results:
             results = self._waiting[:]
             if not results:
                 return 0
-            completed, failed, usage = self.completed, self.failed, dict(self.usage)
-            for result in results:
-                completed, failed = completed + result.good, failed + (not result.good)
-                add_usage(usage, result.row)
-            rows = [{"batch_id": self._id, "line": r.line, "good": r.good, "row": json.dumps(r.row)} for r in results]
+            good = sum(result.good for result in results)
+            completed, failed = self.completed + good, self.failed + len(results) - good
+            usage = {kind: count + sum(r.used[kind] for r in results) for kind, count in self.usage.items()}
+            rows = [{"batch_id": self._id, "line": r.line, "good": r.good, "row": r.row} for r in results]
 
             def write(c: Connection) -> None:
-                counts = {"completed": completed, "failed": failed, "usage": usage, "attempts": 1}
+                counts: dict[str, Any] = {"completed": completed, "failed": failed, "usage": usage, "attempts": 1}
                 states = ("in_progress", "cancelling", "finalizing")
                 if tables.move(c, tables.batches, self._id, states, self._token, **counts) != "ok":
                     raise LeaseLost(self._id)
@@ -84,6 +94,7 @@ class Results:
                 self._catch_up()
                 return 0
             del self._waiting[:len(results)]
+            self.waiting_bytes -= sum(len(result.row) for result in results)
             self.completed, self.failed, self.usage = completed, failed, usage
             return len(results)
 
@@ -92,6 +103,7 @@ class Results:
         now = self._database.transact(lambda c: tables.find(c, tables.batches, Batch, self._id))
         assert now is not None  # noqa: S101 - its results are there
         self._waiting = [result for result in self._waiting if result.line not in written]
+        self.waiting_bytes = sum(len(result.row) for result in self._waiting)
         self.completed, self.failed, self.usage = now.completed, now.failed, now.usage
 
     def write_file(self, good: bool, target: Path) -> int:
@@ -123,9 +135,11 @@ def row(
     }
 
 
-def add_usage(total: dict[str, int], row: dict[str, Any]) -> None:
-    """Add what one result cost."""
+def used_by(row: dict[str, Any]) -> dict[str, int]:
+    """What one result has cost."""
     used = ((row.get("response") or {}).get("body") or {}).get("usage") or {}
-    total["input_tokens"] += used.get("prompt_tokens") or 0
-    total["output_tokens"] += used.get("completion_tokens") or 0
-    total["cached_tokens"] += ((used.get("prompt_tokens_details") or {}).get("cached_tokens")) or 0
+    return {
+        "input_tokens": used.get("prompt_tokens") or 0,
+        "output_tokens": used.get("completion_tokens") or 0,
+        "cached_tokens": (used.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+    }

@@ -34,7 +34,7 @@ RETRY_S = 0.5
 WRITE_EVERY_S = 0.1
 POLL_S = 0.1
 RETRIED = (429, 502, 503, 504)
-MAX_UNWRITTEN = 1000
+MAX_UNWRITTEN_BYTES = 64 * 1024 * 1024
 """Results that wait for the database; until it takes them, no further request starts."""
 MAX_ATTEMPTS = 5
 """A batch that takes this service down so often without a single result is given up."""
@@ -68,15 +68,28 @@ class BatchRun:
         self._results = Results(means.database, batch, token)
         self.cancelled = batch.status == "cancelling"
         self.lost = False
-        self.waiting = 0
+        self._lines: list[batch_input.Line] = []
+        """Lines that are to be asked, the next one last."""
+        self._open = 0
+        """Requests on their way."""
+        self._not_before = 0.0
+        """No request starts before this moment of the monotonic clock: there was nobody to answer it."""
+
+    @property
+    def waiting(self) -> int:
         """Lines that nobody has asked yet."""
+        return len(self._lines)
 
     async def run(self, attempts: int = 1) -> None:
         """To the end. Raises OSError and RedisError: later again; LeaseLost."""
         batch = self._batch
-        if attempts > MAX_ATTEMPTS and not batch.ends:
-            text = f"This batch ended the service {MAX_ATTEMPTS} times without a result; its log says why."
-            await self._settle("failed", errors=[batch_input.problem(None, "given_up", text)])
+        if attempts > MAX_ATTEMPTS:
+            text = f"This batch ended the service {MAX_ATTEMPTS} times without getting further; its log says why."
+            gave_up = [batch_input.problem(None, "given_up", text)]
+            if batch.ends:  # its files cannot be written
+                await self._abandon(gave_up)
+                return
+            await self._settle("failed", errors=gave_up)
         elif batch.in_progress_at is None and not batch.ends and not await self._validate():
             return
         lines: list[batch_input.Line] = []
@@ -88,11 +101,11 @@ class BatchRun:
                 await self._settle("failed", errors=problems)
         if not batch.ends:
             await self._paid.look()
-            lines = await self._answer(lines)
-            await self._settle(self._interrupted() or "completed")
+            lines, ends = await self._answer(lines)
+            await self._settle(ends)
         if batch.ends == "expired":
             for line in lines:
-                self._results.add(Result(line.number, False, row(batch.id, line, error=EXPIRED)))
+                self._results.add(Result.of(line.number, False, row(batch.id, line, error=EXPIRED)))
         await self._write_all()
         await self._finish()
 
@@ -143,33 +156,38 @@ class BatchRun:
 
     # --- in_progress ---------------------------------------------------------------------------
 
-    async def _answer(self, lines: list[batch_input.Line]) -> list[batch_input.Line]:
-        """Ask every line, as there is room. Returns those that were not asked before it was cancelled or expired."""
-        means, waiting = self._means, lines[::-1]
+    async def _answer(self, lines: list[batch_input.Line]) -> tuple[list[batch_input.Line], Ends]:
+        """Ask every line, as there is room. Returns those that were not asked to the end, and how it ended."""
+        means, self._lines = self._means, lines[::-1]
+        ends: Ends | Literal[""] = ""
         writing = asyncio.create_task(self._write())
         try:
             async with asyncio.TaskGroup() as group:
-                while waiting and not self._interrupted() and not self.lost:
-                    while waiting and means.room(means.in_flight) and self._results.waiting < MAX_UNWRITTEN:
-                        task = group.create_task(self._one(waiting.pop()))
-                        means.in_flight += 1
+                while (self._lines or self._open) and not (ends := self._interrupted()) and not self.lost:
+                    while self._may_start():
+                        task = group.create_task(self._one(self._lines.pop()))
+                        means.in_flight, self._open = means.in_flight + 1, self._open + 1
                         task.add_done_callback(self._free)
-                    self.waiting = len(waiting)
                     means.freed.clear()
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(POLL_S):
                             await means.freed.wait()
         finally:
-            self.waiting = 0
             await end_tasks([writing])
             with contextlib.suppress(OSError, LeaseLost):
                 await asyncio.to_thread(self._results.flush)
         if self.lost:
             raise LeaseLost(self._batch.id)
-        return waiting
+        return self._lines, ends or self._interrupted() or "completed"
+
+    def _may_start(self) -> bool:
+        return (
+            bool(self._lines) and time.monotonic() >= self._not_before and self._means.room(self._means.in_flight)
+            and self._results.waiting_bytes < MAX_UNWRITTEN_BYTES
+        )
 
     def _free(self, _: asyncio.Task[None]) -> None:
-        self._means.in_flight -= 1
+        self._means.in_flight, self._open = self._means.in_flight - 1, self._open - 1
         self._means.freed.set()
 
     async def _one(self, line: batch_input.Line) -> None:
@@ -179,23 +197,19 @@ class BatchRun:
         body = await asyncio.to_thread(batch_input.body, self._source, line)
         for attempt in range(1, MAX_TRIES + 1):
             answer = await self._ask(body, request_id)
-            while answer.status == 503 and time.time() < batch.expires_at:  # nobody is there: that costs no try
-                if self.cancelled or self.lost:
-                    return
-                await asyncio.sleep(RETRY_S)
-                answer = await self._ask(body, request_id)
+            if answer.status == 503:  # nobody is there: that costs no try, and no other batch its place
+                self._lines.append(line)
+                self._not_before = time.monotonic() + RETRY_S
+                return
             if answer.status not in RETRIED or attempt == MAX_TRIES:
                 break
             await asyncio.sleep(RETRY_S * 2**attempt)
             if answer.document is None:  # it broke off: computed and recorded, maybe
                 await self._paid.look_patiently()
-        if answer.status == 503 and time.time() >= batch.expires_at:
-            self._results.add(Result(line.number, False, row(batch.id, line, error=EXPIRED)))
-            return
         good = answer.status == 200 and answer.document is not None
         response = {"status_code": answer.status, "request_id": request_id, "body": answer.document}
         error = None if answer.document else UNREADABLE
-        self._results.add(Result(line.number, good, row(batch.id, line, response=response, error=error)))
+        self._results.add(Result.of(line.number, good, row(batch.id, line, response=response, error=error)))
         self._means.metrics.lines.labels("completed" if good else "failed").inc()
 
     async def _ask(self, body: bytes, request_id: str) -> Answer:
@@ -234,6 +248,12 @@ class BatchRun:
                 return
         await self._move(("cancelling", "finalizing"), ends="cancelled")  # while the last lines were on their way
 
+    async def _abandon(self, problems: list[dict[str, Any]]) -> None:
+        """Over, without files."""
+        last = {"status": "failed", "failed_at": int(time.time()), "errors": problems, "leased_until": 0.0}
+        await self._move(("finalizing", "cancelling"), **last)
+        self._means.metrics.ended.labels("failed").inc()
+
     async def _finish(self) -> None:
         """The files, then the last state with them. Every step can be done twice."""
         batch, results, folder = self._batch, self._results, self._means.files.folder
@@ -249,7 +269,7 @@ class BatchRun:
 
         def conclude(c: Connection) -> str:
             ids = {shown: file.id for shown, file in made.items()}
-            last = {"status": batch.ends, f"{batch.ends}_at": now, "leased_until": 0.0, **ids}
+            last: dict[str, Any] = {"status": batch.ends, f"{batch.ends}_at": now, "leased_until": 0.0, **ids}
             status = tables.move(c, tables.batches, batch.id, ("finalizing", "cancelling"), self._token, **last)
             if status == "ok":
                 for file in made.values():

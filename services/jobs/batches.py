@@ -26,6 +26,8 @@ from services.jobs.files import find
 from services.jobs.leases import LeaseLost, Leases
 
 WINDOW_S = 24 * 3600
+RUNNING_AT_ONCE = 16
+"""Others wait in the database: a running one has its 50,000 lines in memory."""
 AGAIN_S = 5.0
 AGAIN_AT_MOST_S = 60.0
 
@@ -33,8 +35,8 @@ AGAIN_AT_MOST_S = 60.0
 class Batches:
     """Batches of all owners, and the runs of those that this process has leased."""
 
-    def __init__(self, means: Means, leases: Leases) -> None:
-        self._means, self._leases = means, leases
+    def __init__(self, means: Means, leases: Leases, max_waiting: int = 100) -> None:
+        self._means, self._leases, self._max_waiting = means, leases, max_waiting
         self._runs: dict[str, BatchRun] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         metrics = means.metrics
@@ -56,13 +58,16 @@ class Batches:
                 raise errors.InvalidRequest(
                     f"The file {asked.input_file_id!r} was not uploaded with purpose 'batch'.", param="input_file_id"
                 )
-            ours = {"lease": self._leases.token, "leased_until": self._leases.until(), "attempts": 1}
-            tables.add(c, tables.batches, batch, **ours)
+            table = tables.batches.c
+            waiting = tables.count(c, tables.batches, table.owner == owner, table.status.not_in(OVER))
+            if waiting >= self._max_waiting:
+                text = f"{waiting} batches are not over yet (MAX_WAITING_BATCHES={self._max_waiting})"
+                raise errors.InvalidRequest(f"{text}; wait or cancel some.", code="too_many_batches")
+            tables.add(c, tables.batches, batch)
             tables.forget_old(c, tables.batches, owner, OVER)
 
         await self._means.database.run(begin)
-        self._leases.held.add(batch.id)
-        self._begin(batch.id, 1)
+        await self._take()
         return batch
 
     async def get(self, batch_id: str, owner: str) -> Batch:
@@ -92,12 +97,11 @@ class Batches:
 
     async def look(self) -> None:
         """Keep the leases, take up batches that nobody works on. Call it every RENEW_EVERY_S. Raises DatabaseAway."""
-        held = await self._leases.renew()
-        for batch_id, run in self._runs.items():
-            run.cancelled |= held.get(batch_id) == "cancelling"
-            run.lost |= batch_id in self._leases.held and batch_id not in held
-        for batch_id, attempts in (await self._leases.take()).items():
-            self._begin(batch_id, attempts)
+        for batch_id, status in (await self._leases.renew()).items():
+            if run := self._runs.get(batch_id):
+                run.cancelled |= status == "cancelling"
+                run.lost |= status == ""
+        await self._take()
 
     async def close(self) -> None:
         """Stop; whoever takes the batches goes on."""
@@ -105,6 +109,11 @@ class Batches:
         await end_tasks(self._tasks.values())
         for batch_id in ids:
             await self._leases.let_go(batch_id)
+
+    async def _take(self) -> None:
+        """Begin what nobody works on, as far as there is room."""
+        for batch_id, attempts in (await self._leases.take(RUNNING_AT_ONCE - len(self._tasks))).items():
+            self._begin(batch_id, attempts)
 
     # --- one batch -----------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ def check(training_path: str, validation_path: str | None) -> dict[str, object]:
     warnings = []
     if training.duplicates:
         shown = ", ".join(f"line {a} = line {b}" for a, b in training.duplicates[:MAX_SHOWN])
-        warnings.append(f"training_file: {len(training.duplicates)} rows say the same as an earlier one: {shown}")
+        warnings.append(f"training_file: {training.repeated} rows say the same as an earlier one: {shown}")
     if validation_path:
         with open(validation_path, "rb") as lines:
             validation = dataset.read(dataset.open_lines(lines), min_examples=1, keep=False)

@@ -18,6 +18,7 @@ from services.jobs import tables
 from services.jobs.files import Files
 from services.jobs.leases import Leases
 
+AT_ONCE = 1
 MAX_ATTEMPTS = 3
 """A file that takes this service down with it is not tried for ever."""
 TIMEOUT_S = 600.0
@@ -37,7 +38,7 @@ class Checks:
         for job_id, task in list(self._tasks.items()):
             if held.get(job_id) != "validating_files":
                 task.cancel()
-        for job_id, attempts in (await self._leases.take()).items():
+        for job_id, attempts in (await self._leases.take(AT_ONCE - len(self._tasks))).items():
             task = self._tasks[job_id] = asyncio.create_task(self._check(job_id, attempts))
             task.add_done_callback(partial(self._over, job_id))
 
@@ -62,6 +63,9 @@ class Checks:
             paths = [self._files.folder / file for file in (job.training_file, job.validation_file) if file]
             try:
                 report = await run_check(paths)
+            except Killed as error:  # for want of memory, maybe not its own: again, once the lease is over
+                logger.error("a check was killed", job=job_id, error=str(error))
+                return
             except (OSError, RuntimeError) as error:
                 logger.error("a training file could not be checked", job=job_id, error=str(error) or "no end")
         await self._database.run(lambda c: self._conclude(c, job_id, report))
@@ -80,13 +84,17 @@ class Checks:
             tables.say(c, job_id, said)
 
 
+class Killed(Exception):
+    """The process of a check was ended by somebody."""
+
+
 def failed(code: str, text: str) -> dict[str, Any]:
     """A report that there is none."""
     return {"problems": [{"param": "training_file", "code": code}], "warnings": [], "summary": text}
 
 
 async def run_check(paths: list[Path]) -> dict[str, Any]:
-    """`services.jobs.check` on files. Raises RuntimeError when it fails, TimeoutError when it does not end."""
+    """`services.jobs.check` on files. Raises RuntimeError when it fails, Killed, TimeoutError when it does not end."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services.jobs.check", *map(str, paths), stdout=asyncio.subprocess.PIPE
     )
@@ -96,6 +104,8 @@ async def run_check(paths: list[Path]) -> dict[str, Any]:
         process.kill()
         await process.wait()
         raise
+    if process.returncode is not None and process.returncode < 0:
+        raise Killed(f"by signal {-process.returncode}")
     if process.returncode:
         raise RuntimeError(f"services.jobs.check ended with {process.returncode}")
     return dict(json.loads(out))

@@ -30,13 +30,15 @@ class Leases:
         """When a lease that begins now runs out, in Unix time."""
         return time.time() + LEASE_S
 
-    async def take(self) -> dict[str, int]:
-        """Take what nobody works on: {id: how often it was taken since it last got further}."""
+    async def take(self, most: int) -> dict[str, int]:
+        """Take what nobody works on, the oldest first: {id: how often it was taken since it last got further}."""
+        if most <= 0:
+            return {}
 
         def look(c: Connection) -> dict[str, int]:
             table, taken = self._table.c, {}
             free = (table.status.in_(self._states), table.leased_until < time.time())
-            for row in c.execute(select(table.id, table.attempts).where(*free).order_by(table.n)).all():
+            for row in c.execute(select(table.id, table.attempts).where(*free).order_by(table.n).limit(most)).all():
                 mine = {"lease": self.token, "leased_until": self.until(), "attempts": row.attempts + 1}
                 if c.execute(update(self._table).where(table.id == row.id, *free).values(mine)).rowcount:
                     taken[row.id] = row.attempts + 1
@@ -47,20 +49,22 @@ class Leases:
         return taken
 
     async def renew(self) -> dict[str, str]:
-        """Keep what is held: {id: status}. What is not in the answer is lost."""
-        if not self.held:
+        """Keep what is held now: {id: status}; the status is empty for what was lost."""
+        asked = tuple(self.held)
+        if not asked:
             return {}
-        mine = (self._table.c.lease == self.token, self._table.c.id.in_(tuple(self.held)))
+        mine = (self._table.c.lease == self.token, self._table.c.id.in_(asked))
 
         def keep(c: Connection) -> dict[str, str]:
             c.execute(update(self._table).where(*mine).values(leased_until=self.until()))
             found = c.execute(select(self._table.c.id, self._table.c.status).where(*mine))
-            return {row.id: row.status for row in found}
+            return dict.fromkeys(asked, "") | {row.id: row.status for row in found}
 
         return await self._database.run(keep)
 
     async def let_go(self, id_: str) -> None:
-        """Somebody else may take it at once."""
+        """Somebody else may take it at once; that this one stopped was no failed try."""
         self.held.discard(id_)
-        mine = (self._table.c.lease == self.token, self._table.c.id == id_)
-        await self._database.run(lambda c: c.execute(update(self._table).where(*mine).values(leased_until=0.0)))
+        table = self._table.c
+        mine, back = (table.lease == self.token, table.id == id_), {"leased_until": 0.0, "attempts": table.attempts - 1}
+        await self._database.run(lambda c: c.execute(update(self._table).where(*mine).values(back)))

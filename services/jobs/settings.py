@@ -22,6 +22,7 @@ class JobsSettings(StateSettings):
     max_files_per_key: int = Field(1000, ge=1)
     max_stored_bytes_per_key: int = Field(20 * 1024**3, ge=1024)
     min_free_bytes: int = Field(2 * 1024**3, ge=0, description="free disk below which no upload is taken")
+    max_waiting_batches: int = Field(100, ge=1, description="batches of one key that are not over")
     max_waiting_jobs: int = Field(16, ge=1, description="fine-tuning jobs of one key that are not finished")
 
     @field_validator("service_token_file", "trainer_token_file")

@@ -13,6 +13,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     Connection,
     Double,
     ForeignKey,
@@ -159,12 +160,17 @@ def add(c: Connection, table: Table, thing: msgspec.Struct, **more: Any) -> None
     c.execute(insert(table).values(**msgspec.to_builtins(thing), **more))
 
 
-def move(c: Connection, table: Table, id_: str, allowed: Iterable[str], lease: str | None = None, **fields: Any) -> str:
-    """Change a row that is in an allowed state, and leased by `lease` if that is named.
+def move(
+    c: Connection, table: Table, id_: str, allowed: Iterable[str], lease: str | None = None, *,
+    only: ColumnElement[bool] | None = None, **fields: Any,
+) -> str:
+    """Change a row that is in an allowed state, leased by `lease` if that is named, and `only` if it is as that says.
 
     Returns 'ok'; else the state it is in, 'leased' when somebody else holds it, '' when it is not there.
     """
     query = update(table).where(table.c.id == id_, table.c.status.in_(tuple(allowed)))
+    if only is not None:
+        query = query.where(only)
     if lease is not None:
         query = query.where(table.c.lease == lease)
     if c.execute(query.values(**fields)).rowcount:

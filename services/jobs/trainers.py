@@ -48,10 +48,12 @@ class Trainers:
     def _give_up(self, c: Connection, job_id: str) -> None:
         text = f"The trainer ended {MAX_ATTEMPTS} times at this job without getting it further; its log says why."
         error = {"code": "trainer_lost", "param": None, "message": text}
-        c.execute(update(tables.jobs).where(tables.jobs.c.id == job_id).values(
-            status="failed", error=error, finished_at=int(time.time()), wish="", lease="", leased_until=0.0,
-            estimated_finish=None,
-        ))
+        last: dict[str, Any] = {
+            "status": "failed", "error": error, "finished_at": int(time.time()), "wish": "",
+            "leased_until": 0.0, "estimated_finish": None,
+        }
+        if tables.move(c, tables.jobs, job_id, ("queued", "running"), **last) != "ok":
+            return
         tables.say(c, job_id, [event(text, "error")])
         logger.error("a job was given up", job=job_id, attempts=MAX_ATTEMPTS)
 
@@ -83,11 +85,13 @@ class Trainers:
         def conclude(c: Connection) -> Wish:
             jobs = tables.jobs.c
             over = c.execute(select(jobs.status).where(jobs.id == job_id, jobs.lease == end.token)).scalar()
-            if over is not None and over != "running" and over == end.status:
+            if over in (end.status, "cancelled") and over != "running":
                 return Wish()
             job = leased(c, job_id, end.token)
             if job.wish and end.status == "succeeded":
                 return Wish(job.wish)
+            if job.wish == "cancel" and end.status == "paused":
+                end.status = "cancelled"  # it was accepted after the pause
             if end.status == "running":  # told to stop: that is no failed try
                 fields = {"leased_until": 0.0, "attempts": job.attempts - 1}
             else:

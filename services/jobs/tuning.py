@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from redis.asyncio import Redis
-from sqlalchemy import Connection, Table, select
+from sqlalchemy import ColumnElement, Connection, Table, select
 
 from common import errors
 from common.adapters import read_registry
@@ -158,6 +158,7 @@ class Tuning:
                 (("queued",), {"status": "paused"}, "paused"),
                 (("running",), {"wish": "pause"}, "pausing"),
             ],
+            only=tables.jobs.c.wish != "cancel",  # that was accepted before
         )
 
     async def resume(self, job: Job) -> Job:
@@ -190,13 +191,16 @@ class Tuning:
         """Jobs that wait for a trainer."""
         return await self._database.run(lambda c: tables.count(c, tables.jobs, tables.jobs.c.status == "queued"))
 
-    async def _change(self, job: Job, ways: list[tuple[tuple[Status, ...], dict[str, Any], str]]) -> Job:
+    async def _change(
+        self, job: Job, ways: list[tuple[tuple[Status, ...], dict[str, Any], str]],
+        only: ColumnElement[bool] | None = None,
+    ) -> Job:
         """The first way whose states fit. Raises InvalidRequest when none does."""
 
         def change(c: Connection) -> str:
             status: str = job.status
             for allowed, fields, word in ways:
-                if (status := tables.move(c, tables.jobs, job.id, allowed, **fields)) == "ok":
+                if (status := tables.move(c, tables.jobs, job.id, allowed, only=only, **fields)) == "ok":
                     tables.say(c, job.id, [event(f"The job is {word}.")])
                     break
             return status

@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from services.local import backup as archives
 from services.local import model as bundled
 from services.local import top
 from services.local.configs import write_configs
@@ -258,6 +259,26 @@ def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, as `keys` s
     if not key_id:
         raise UserError("Which key? make keys shows their ids; then: make revoke ID=1a2b3c4d")
     print(keys(read_dials(), "revoke", key_id))
+
+
+@app.command("backup")
+def make_backup(archive: Annotated[Path, typer.Argument(help="The archive to write: backup.tar.gz.")]) -> None:
+    """Write keys, usage, files, jobs and tuned models into an archive, while the stack runs or not."""
+    if archive.exists():
+        raise UserError(f"{archive} is there already; choose another name: make backup TO=…")
+    with console.status("backing up") as status:
+        archives.backup(read_dials(), archive, lambda what: status.update(f"backing up {what}"))
+    console.print(f"{archive}: {archive.stat().st_size / 1e6:.0f} MB. Your API key is in it: keep it to yourself.")
+
+
+@app.command("restore")
+def make_restore(archive: Annotated[Path, typer.Argument(help="An archive of make backup.", exists=True)]) -> None:
+    """Make an empty STATE_DIR into what was backed up; then: make up."""
+    dials = read_dials()
+    dials.state.mkdir(parents=True, exist_ok=True)
+    with only_one(dials), console.status("restoring") as status:
+        archives.restore(dials, archive, lambda what: status.update(f"restoring: {what}"))
+    console.print(f"restored into {dials.state}. Start it: make up")
 
 
 def main() -> None:

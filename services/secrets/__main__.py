@@ -40,7 +40,7 @@ resetchannels &workers &keys -@all +ping +hello +get +del +mget +scan +exists +s
 user monitor on #{monitor} resetkeys resetchannels -@all +ping +hello +info +config|get +slowlog|len +slowlog|get \
 +latency|latest +latency|histogram +client|list +client|setname
 user trainer on #{trainer} resetkeys %R~worker:* %R~workers ~adapters resetchannels -@all +ping +hello +mget +smembers \
-+hget +hgetall +hsetnx +hdel
++hget +hvals +hsetnx +hdel
 """
 """Each service may do what it does and nothing else; `health` may only PING. `default` is off, so nobody is ever that
 user, but keeps its rights: redis 7.0 replays the AOF as `default`, and without them it drops every transaction and

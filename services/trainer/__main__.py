@@ -16,7 +16,6 @@ from prometheus_client import start_http_server
 from redis.exceptions import RedisError
 
 from common import logs
-from common.adapters import read_registry
 from common.redis.connect import blocking
 from common.redis.names import ADAPTERS
 from common.settings import read_settings
@@ -70,8 +69,9 @@ class Trainer:
         """Remove adapters that were deleted from the registry, and the folders of runs whose jobs are over."""
         if time.monotonic() < self._tidy_at:
             return
-        wanted = {adapter.folder for adapter in read_registry(self._redis.hgetall(ADAPTERS)).values()}
-        remove_old(self._settings.adapters_dir, wanted)
+        if registry := " ".join(map(str, self._redis.hvals(ADAPTERS))):  # an empty one may be a redis without its data
+            known = {folder.name for folder in self._settings.adapters_dir.iterdir() if folder.name in registry}
+            remove_old(self._settings.adapters_dir, known)
         remove_old(self._settings.runs_dir, self._jobs.unfinished(), keep="run.json")
         self._tidy_at = time.monotonic() + TIDY_EVERY_S
 

@@ -92,6 +92,8 @@ class Folder:
         """Prompts as trained, to be compared with the server's."""
         self.compared = root / "compared"
         """Exists once they were, and were the same."""
+        self.published = root / "published"
+        """Exists from just before its model is registered."""
         self.pause = root / "pause"
         """While this file exists the run stops at its next step, resumable."""
 

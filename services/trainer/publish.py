@@ -12,12 +12,13 @@ import httpx
 import msgspec
 from redis import Redis
 
-from common.adapters import Adapter
+from common.adapters import Adapter, read_registry
 from common.files import sync_folder
 from common.redis.names import ADAPTERS, WORKERS, worker_key
 from common.workers import Heartbeat
 
-WORKER_PATIENCE_S = 300.0
+WORKER_PATIENCE_S = 1800.0
+"""As long as a worker may take to start."""
 LOAD_PATIENCE_S = 60.0
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -130,9 +131,11 @@ def register(redis: Redis, adapter: Adapter) -> None:
             raise Refused("name_taken", f"There is another model with the name {adapter.name!r}.")
 
 
-def withdraw(redis: Redis, adapter: Adapter) -> None:
-    """Take back what `register` did."""
-    redis.hdel(ADAPTERS, adapter.name)
+def withdraw(redis: Redis, name: str, folder: str) -> None:
+    """Take back what `register` did, if it did. Raises RedisError."""
+    known = read_registry({name: raw}).get(name) if (raw := redis.hget(ADAPTERS, name)) else None
+    if known is not None and known.folder == folder:
+        redis.hdel(ADAPTERS, name)
 
 
 def wait_until_served(redis: Redis, adapter: Adapter, still: Callable[[], None]) -> int:

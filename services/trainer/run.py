@@ -95,7 +95,7 @@ def prepare(
         events.say(
             "message",
             level="warn",
-            message=f"{len(training.duplicates)} rows say the same as an earlier one: "
+            message=f"{training.repeated} rows say the same as an earlier one: "
             + ", ".join(f"line {a} = {b}" for a, b in training.duplicates[:5]),
         )
     if plan.validation_file and (shared := dataset.overlap(training, validation)):

@@ -13,7 +13,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from common.adapters import Adapter, model_name
-from common.files import File, new_id, write_whole
+from common.files import File, new_id, sync_folder, write_whole
 from common.tuning import invalid_file, problem_events
 from services.trainer import metrics, publish
 from services.trainer.jobs import LeaseLost, Work
@@ -58,9 +58,11 @@ class Runner:
                 self._work.say(losses)
                 self._patiently(lambda: self._publish(int(result["trained_tokens"])))
         except publish.Refused as refused:
+            self._withdraw()
             self._end("failed", error={"code": refused.code, "param": None, "message": str(refused)})
         except Wished:
-            self._obey()
+            self._withdraw()
+            self._end("cancelled" if self._work.wish == "cancel" else "paused")
         except Stopped:
             self._work.end("running")
             raise
@@ -68,6 +70,7 @@ class Runner:
             raise
         except Exception as error:  # a bug of ours ends this job, not all that wait behind it
             logger.exception("a job failed", job=self._job.id)
+            self._withdraw()
             text = f"The trainer failed ({type(error).__name__}); its log says why."
             self._end("failed", error={"code": "trainer_failed", "param": None, "message": text})
         finally:
@@ -81,8 +84,17 @@ class Runner:
         if self._work.wish:
             raise Wished
 
-    def _obey(self) -> None:
-        self._end("cancelled" if self._work.wish == "cancel" else "paused")
+    def _withdraw(self) -> None:
+        """Whatever ends a job but success: nobody is served its model, also if an earlier life had published it."""
+        while self._folder.published.exists():
+            try:
+                publish.withdraw(self._redis, self._name, self._job.id)
+                self._folder.published.unlink()
+            except (RedisError, OSError) as error:
+                logger.warning("a model waits to be withdrawn", job=self._job.id, error=str(error))
+                self._work.keep()
+                if self._stopping.wait(AGAIN_S):
+                    raise Stopped from None
 
     # --- trained -------------------------------------------------------------------------------
 
@@ -103,8 +115,7 @@ class Runner:
             while (said := run.next(POLL_S)) is not ...:
                 if said is not None:
                     self._hear(said)
-                    continue
-                work.keep()
+                work.keep()  # however much it has to say
                 if not wish and (wish := work.wish):
                     run.kill() if wish == "cancel" else folder.pause.touch()
                 if self._stopping.is_set():
@@ -202,16 +213,14 @@ class Runner:
         digest = publish.place(self._folder.adapter, settings.adapters_dir / job.id)
         adapter = Adapter(self._name, job.id, job.model, digest, job.owner, int(time.time()))
         self._still()
+        self._folder.published.touch()
+        sync_folder(self._folder.root)
         publish.register(self._redis, adapter)
-        try:
-            have = publish.wait_until_served(self._redis, adapter, self._still)
-            self._work.say(f"{adapter.name} is served by {have} worker{'s' if have > 1 else ''}")
-            file = self._results_file()
-            if not self._end("succeeded", model=adapter.name, tokens=trained_tokens, file=file):
-                raise Wished
-        except Wished:
-            publish.withdraw(self._redis, adapter)
-            raise
+        have = publish.wait_until_served(self._redis, adapter, self._still)
+        self._work.say(f"{adapter.name} is served by {have} worker{'s' if have > 1 else ''}")
+        file = self._results_file()
+        if not self._end("succeeded", model=adapter.name, tokens=trained_tokens, file=file):
+            raise Wished
 
     def _results_file(self) -> File:
         """The run's figures, for the Files API."""
