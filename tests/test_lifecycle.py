@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import openai
@@ -320,6 +320,24 @@ class TestJobs:
         wait_for(lambda: changes() >= 3, "the adapter loaded there", 30)  # a worker is announced before its adapters are
         assert up.sdk.chat.completions.create(model=name, messages=[{"role": "user", "content": "?"}], max_tokens=2)
 
+    def test_backed_up_while_it_runs(self, up: Up) -> None:
+        """What is in it, `TestBackup` sees, on a machine that has nothing else."""
+        name = next(m.id for m in up.sdk.models.list() if m.id.startswith("ft:"))
+        alias = httpx.put(f"{up.base}/v1/aliases/kept", headers={"authorization": f"Bearer {up.key}"}, json={"model": name})
+        assert alias.status_code == 200
+        time.sleep(1)  # the last records are added up
+        BACKUP["state"], BACKUP["model"] = everything(up), name
+        archive = up.state.parent / "backup.tar.gz"
+        command = [sys.executable, "-m", "services.local", "backup", str(archive)]
+        env = os.environ | {"STATE_DIR": str(up.state)}
+        subprocess.run(command, cwd=ROOT, env=env, check=True)
+        assert oct(archive.stat().st_mode)[-3:] == "600"
+        again = subprocess.run(command, cwd=ROOT, env=env, check=False, capture_output=True, text=True)
+        assert again.returncode == 1
+        assert "is there already" in again.stderr
+        assert not list(up.state.glob("*.partial"))
+        httpx.delete(f"{up.base}/v1/aliases/kept", headers={"authorization": f"Bearer {up.key}"})
+
     def test_deleted_it_is_gone_everywhere(self, up: Up) -> None:
         name = next(m.id for m in up.sdk.models.list() if m.id.startswith("ft:"))
         with pytest.raises(openai.NotFoundError):
@@ -355,6 +373,24 @@ class TestJobs:
         assert ended(up, job_id).status == "cancelled"
         with pytest.raises(openai.BadRequestError, match="cancelled"):
             up.sdk.fine_tuning.jobs.resume(job_id)
+
+
+BACKUP: dict[str, Any] = {}
+
+
+def everything(up: Up) -> dict[str, Any]:
+    """What a backup is to bring back, as clients see it."""
+    headers = {"authorization": f"Bearer {up.key}"}
+
+    def get(path: str) -> Any:
+        return httpx.get(up.base + path, headers=headers, timeout=20).json()
+
+    files = get("/v1/files?limit=10000")["data"]
+    return {
+        "files": files, "bytes": {f["id"]: len(httpx.get(f"{up.base}/v1/files/{f['id']}/content", headers=headers).content) for f in files},
+        "jobs": get("/v1/fine_tuning/jobs?limit=100")["data"], "aliases": get("/v1/aliases")["data"], "usage": get("/v1/usage")["days"],
+        "events": {j["id"]: get(f"/v1/fine_tuning/jobs/{j['id']}/events?limit=100")["data"] for j in get("/v1/fine_tuning/jobs")["data"]},
+    }
 
 
 def chat(name: str, text: str, **fields: object) -> dict:
@@ -448,3 +484,28 @@ class TestBatches:
         assert len(good) > 3
         assert good.keys() | bad.keys() == {str(n) for n in range(300)}
         assert {line["error"]["code"] for line in bad.values()} == {"batch_expired"}
+
+
+class TestBackup:
+    def test_restored_on_a_machine_that_has_nothing(self, up: Up) -> None:
+        up.launcher.send_signal(signal.SIGINT)
+        up.launcher.wait(60)
+        state = up.state.parent / "restored"
+        command = [sys.executable, "-m", "services.local", "restore", str(up.state.parent / "backup.tar.gz")]
+        env = os.environ | {"STATE_DIR": str(state)}
+        subprocess.run(command, cwd=ROOT, env=env, check=True)
+        again = subprocess.run(command, cwd=ROOT, env=env, check=False, capture_output=True, text=True)
+        assert again.returncode == 1
+        assert "STATE_DIR" in again.stderr
+        (state / "models").mkdir(exist_ok=True)
+        (state / "models" / MODEL).symlink_to(up.state / "models" / MODEL)  # the bundled one, unpacked already
+        restored = Up(state, 1)
+        try:
+            assert restored.key == up.key
+            wait_for(lambda: BACKUP["model"] in [m.id for m in restored.sdk.models.list()], "the tuned model", 60)
+            assert everything(restored) == BACKUP["state"]
+            for model in (BACKUP["model"], "kept"):
+                assert restored.sdk.chat.completions.create(model=model, messages=[{"role": "user", "content": "?"}], max_tokens=2)
+        finally:
+            restored.launcher.send_signal(signal.SIGINT)
+            restored.launcher.wait(60)
