@@ -1,18 +1,19 @@
-# make up     the stack as local processes, in the foreground     make test    everything that can be tested here
-# make env    exports for the openai SDK                          make check   linters and types
-# make backup    everything in one archive, while it runs          make restore FROM=…   into an empty STATE_DIR
-# make key    one more API key: make key NAME=alice (make keys, make revoke ID=…)      make bench   the figures of docs/log.md (bench-kv, bench-lifecycle,
-# make top    the running stack in the terminal                                bench-observability, bench-faults: of their parts)
+# make up      the stack as local processes, in the foreground      make doctor   what is wrong with it, and what to do
+# make env     exports for the openai SDK                           make top      the running stack in the terminal
+# make key NAME=alice    one more API key                           make keys     all of them; make revoke ID=… ends one
 # make finetune DATA=questions.jsonl    your own model from your own questions (HELDOUT=file SUFFIX=name EPOCHS=3)
+# make backup  everything in one archive, while it runs             make restore FROM=…   into an empty STATE_DIR
+# make test    everything that can be tested here                   make check    linters and types
+# make bench   the figures of docs/log.md (bench-kv, bench-lifecycle, bench-observability, bench-faults: of their parts)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key keys revoke backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults base-images clean
+.PHONY: help up env key keys revoke doctor backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults base-images clean
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 up: .venv/.ready
 	@exec $(PY) -m services.local up
@@ -28,6 +29,9 @@ key: .venv/.ready
 
 keys: .venv/.ready
 	@$(PY) -m services.local keys
+
+doctor: .venv/.ready
+	@$(PY) -m services.local doctor
 
 backup: .venv/.ready
 	@$(PY) -m services.local backup "$(or $(TO),owngpt-$(shell date +%Y%m%d-%H%M%S).tar.gz)"

@@ -58,6 +58,34 @@ def test_make_env_is_what_the_sdk_needs(up: Up) -> None:
     assert shown.strip() == MODEL
 
 
+def test_keys_are_listed_and_revoked(up: Up) -> None:
+    def local(*words: str) -> str:
+        return subprocess.run([sys.executable, "-m", "services.local", *words], cwd=ROOT, env=os.environ | {"STATE_DIR": str(up.state)},
+                              capture_output=True, text=True, check=True).stdout
+
+    key = local("key", "bob").strip()
+    line = next(line for line in local("keys").splitlines() if line.endswith("bob"))
+    other = openai.OpenAI(base_url=up.base + "/v1", api_key=key, max_retries=0)
+    assert other.models.list().data
+    local("revoke", line.split()[0])
+
+    def refused() -> bool:
+        try:
+            other.models.list()
+        except openai.AuthenticationError:
+            return True
+        return False
+
+    wait_for(refused, "refused", 3)
+
+
+def test_the_doctor_finds_nothing(up: Up) -> None:
+    env = os.environ | {"STATE_DIR": str(up.state), "PORT": str(up.port)}
+    looked = subprocess.run([sys.executable, "-m", "services.local", "doctor"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert looked.returncode == 0, looked.stdout
+    assert "2 ready" in looked.stdout
+
+
 def test_models(up: Up) -> None:
     assert [model.id for model in up.sdk.models.list()] == [MODEL]
     assert up.sdk.models.retrieve(MODEL).id == MODEL

@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from services.local import backup as archives
+from services.local import doctor, top
 from services.local import model as bundled
-from services.local import top
 from services.local.configs import write_configs
 from services.local.errors import UserError
-from services.local.plan import ROOT, Dials, Ports, pick_ports
+from services.local.plan import ROOT, Dials, Ports, pick_ports, read_dials
 from services.local.running import start, stop, wait_until_ready
 
 WORKER_NEEDS_BYTES = 3_200_000_000
@@ -37,31 +37,6 @@ STATE_NEEDS_BYTES = 500_000_000
 
 app = typer.Typer(help="OwnGPT as local processes.", no_args_is_help=True, add_completion=False)
 console = Console(highlight=False, stderr=False)
-
-
-def read_dials() -> Dials:
-    """The dials from the environment. Raises UserError naming the bad one."""
-    state = Path(os.environ.get("STATE_DIR") or ROOT / ".state").absolute()
-    chosen = os.environ.get("MODEL", "").strip()
-    if chosen and ("/" in chosen or Path(chosen).exists()):
-        folder = Path(chosen).expanduser()
-        looks_local = chosen.startswith((".", "/", "~")) or folder.exists()
-        if looks_local and not (folder / "config.json").exists():
-            raise UserError(f"MODEL={chosen}: there is no checkpoint (no config.json) in that folder.")
-        model = str(folder.resolve()) if looks_local else chosen
-    elif chosen:
-        raise UserError(f"MODEL={chosen}: neither a checkpoint folder nor a hub name like org/model.")
-    else:
-        model = str(state / "models" / bundled.NAME)
-    try:
-        workers, port = int(os.environ.get("WORKERS") or 1), int(os.environ.get("PORT") or 8080)
-    except ValueError as error:
-        raise UserError(f"WORKERS and PORT are whole numbers: {error}.") from error
-    if not 1 <= workers <= 16:
-        raise UserError(f"WORKERS={workers}: between 1 and 16 workers run on one machine.")
-    name = os.environ.get("SERVED_MODEL_NAME") or (Path(model).name.lower() if Path(model).is_absolute() else model)
-    return Dials(state=state, model=model, model_name=name, workers=workers, port=port,
-                 host=os.environ.get("HOST") or "127.0.0.1")
 
 
 def check_room(dials: Dials) -> None:
@@ -259,6 +234,21 @@ def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, as `keys` s
     if not key_id:
         raise UserError("Which key? make keys shows their ids; then: make revoke ID=1a2b3c4d")
     print(keys(read_dials(), "revoke", key_id))
+
+
+@app.command("doctor")
+def look() -> None:
+    """Look at the stack, running or not: what is wrong, and what to do. Status 1 when something is."""
+    wrong = 0
+    for finding in doctor.examine(read_dials()):
+        mark = "[bold red]✗[/]" if finding.do else "[green]✓[/]"
+        console.print(f"{mark} {finding.what:14} ", end="")
+        console.print(finding.said, markup=False, soft_wrap=True)
+        if finding.do:
+            wrong += 1
+            console.print(f"                 → {finding.do}", markup=False, soft_wrap=True)
+    if wrong:
+        raise typer.Exit(1)
 
 
 @app.command("backup")

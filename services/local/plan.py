@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 
+from services.local import model as bundled
 from services.local.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,31 @@ class Dials:
     def cache_redis_url(self) -> str:
         """The cache redis."""
         return f"unix://{self.run_dir}/redis-cache.sock?db=0"
+
+
+def read_dials() -> Dials:
+    """The dials from the environment. Raises UserError naming the bad one."""
+    state = Path(os.environ.get("STATE_DIR") or ROOT / ".state").absolute()
+    chosen = os.environ.get("MODEL", "").strip()
+    if chosen and ("/" in chosen or Path(chosen).exists()):
+        folder = Path(chosen).expanduser()
+        looks_local = chosen.startswith((".", "/", "~")) or folder.exists()
+        if looks_local and not (folder / "config.json").exists():
+            raise UserError(f"MODEL={chosen}: there is no checkpoint (no config.json) in that folder.")
+        model = str(folder.resolve()) if looks_local else chosen
+    elif chosen:
+        raise UserError(f"MODEL={chosen}: neither a checkpoint folder nor a hub name like org/model.")
+    else:
+        model = str(state / "models" / bundled.NAME)
+    try:
+        workers, port = int(os.environ.get("WORKERS") or 1), int(os.environ.get("PORT") or 8080)
+    except ValueError as error:
+        raise UserError(f"WORKERS and PORT are whole numbers: {error}.") from error
+    if not 1 <= workers <= 16:
+        raise UserError(f"WORKERS={workers}: between 1 and 16 workers run on one machine.")
+    name = os.environ.get("SERVED_MODEL_NAME") or (Path(model).name.lower() if Path(model).is_absolute() else model)
+    return Dials(state=state, model=model, model_name=name, workers=workers, port=port,
+                 host=os.environ.get("HOST") or "127.0.0.1")
 
 
 @dataclass(frozen=True)
