@@ -38,6 +38,13 @@ class Ask(msgspec.Struct):
     messages: RawJson = RawJson(b"")
     prompt: RawJson = RawJson(b"")
     input: RawJson = RawJson(b"")
+    documents: RawJson = RawJson(b"")
+    queries: RawJson = RawJson(b"")
+    items: RawJson = RawJson(b"")
+    text_1: RawJson = RawJson(b"")
+    text_2: RawJson = RawJson(b"")
+    data_1: RawJson = RawJson(b"")
+    data_2: RawJson = RawJson(b"")
     chat_template: RawJson = RawJson(b"")
 
     @property
@@ -46,19 +53,25 @@ class Ask(msgspec.Struct):
         return bytes(self.messages or self.prompt or self.input)
 
 _decoder = msgspec.json.Decoder(Ask)
-_FIRST = re.compile(rb'\[\s*(["\[])')
+_FIRST = re.compile(rb'\[\s*(["\[{])')
+_SCORED = ("documents", "queries", "items", "text_1", "text_2", "data_1", "data_2")
+"""Each of which may be many texts, or objects."""
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _FIELD = re.compile(r"\$\.([A-Za-z_][\w.]*)")
 _MISSING = re.compile(r"missing required field `(\w+)`")
 
 
-def _count(said: RawJson) -> int:
+def _count(said: RawJson, *, objects: bool = False) -> int:
     """How many prompts there are: an array of texts, of arrays of token ids or of conversations; else one.
+
+    An array of `objects` counts where they are what is scored; elsewhere they are the turns of one conversation.
 
     Counted in the bytes of valid JSON: an object for each of two million numbers would hold everybody up.
     """
     if len(said) <= MAX_PROMPTS or (first := _FIRST.match(said)) is None:
         return 1
+    if first[1] == b"{":
+        return _STRING.sub(b"", said).count(b"{") if objects else 1
     if first[1] == b"[":
         return (_STRING.sub(b"", said) if b'"' in bytes(said) else bytes(said)).count(b"[") - 1
     return bytes(said).replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') // 2
@@ -89,11 +102,11 @@ def decode(path: str, body: bytes, max_n: int) -> Ask:
         ) from error
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
-    many = [("prompt", ask.prompt), ("input", ask.input)]
+    many = ["prompt", "input", *_SCORED]
     if ROUTES[path][0] == "embeddings":  # vLLM takes several conversations there
-        many.append(("messages", ask.messages))
-    for field, said in many:
-        if (prompts := _count(said)) > MAX_PROMPTS:
+        many.append("messages")
+    for field in many:
+        if (said := getattr(ask, field)) and (prompts := _count(said, objects=field in _SCORED)) > MAX_PROMPTS:
             raise InvalidRequest(f"{field}: {prompts} are over the limit of {MAX_PROMPTS} in one request.", param=field)
     for field, count in (("n", ask.n), ("best_of", ask.best_of)):
         if count is not None and count > max_n:

@@ -26,7 +26,7 @@ from common.metering.context import CONTEXT, TRACEPARENT, Context
 from common.metering.meter import Meter
 from common.metering.rewrite import read_wants, rewrite
 from common.records import Record
-from common.routes import ROUTES
+from common.routes import ENGINE_PATHS, ROUTES
 
 MAX_ERROR_BYTES = 64 * 1024
 BATCH_PRIORITY = b"100"
@@ -60,7 +60,7 @@ class _Metered:
     """One request on its way."""
 
     def __init__(self, mount: Metering, scope: Scope, receive: Receive, send: Send) -> None:
-        self.mount, self.scope = mount, scope
+        self.mount, self.scope, self.path = mount, scope, scope["path"]
         self._receive, self._send = receive, send
         self.started = time.monotonic()
         headers = dict(scope["headers"])
@@ -69,7 +69,7 @@ class _Metered:
         self.told = told or Context(own, headers.get(b"x-request-id", own.encode()).decode("latin-1"), "-")
         self.record = Record(
             id=self.told.uid, request_id=self.told.request_id, key=self.told.key, model="",
-            route=ROUTES[scope["path"]][0], worker=mount.worker, started_at=time.time(), attempt=self.told.attempt,
+            route=ROUTES[self.path][0], worker=mount.worker, started_at=time.time(), attempt=self.told.attempt,
             batch=self.told.batch, trace_id=self.told.traceparent[3:35], decision_s=self.told.decision_s or None,
         )
         self.keeping: Keeping | None = None
@@ -139,7 +139,7 @@ class _Metered:
             headers.append((TRACEPARENT, told.traceparent.encode()))
         if told.batch and self.mount.vllm:
             headers.append((b"x-vllm-priority", BATCH_PRIORITY))
-        self.scope = {**self.scope, "headers": headers}
+        self.scope = {**self.scope, "headers": headers, "path": ENGINE_PATHS.get(self.path, self.path)}
         self.body = body
 
     async def _receive_body(self) -> Message:
@@ -287,7 +287,7 @@ class _Metered:
         self.start_sent = True
         self.finished = True
         self.record.status = status
-        status, headers, out = engine_errors.in_our_words(status, body, self.record.model, self.scope["path"])
+        status, headers, out = engine_errors.in_our_words(status, body, self.record.model, self.path)
         headers = [*headers, *self._explained()]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": out, "more_body": False})
