@@ -79,7 +79,7 @@ def ask(page: Page, text: str, tokens: int = 32) -> None:
 
 def answered(page: Page) -> None:
     expect(page.locator("#messages li.assistant .facts").last).to_be_visible(timeout=60_000)
-    expect(page.locator("#send")).to_be_visible()
+    expect(page.locator("#send")).to_be_visible(timeout=60_000)
 
 
 def shot(page: Page, name: str) -> None:
