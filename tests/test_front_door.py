@@ -105,6 +105,14 @@ def test_a_bug_while_a_batch_runs_forgets_no_batch(floor: Stack, tmp_path: Path,
     assert (ended.status, len(good)) == ("completed", 1)
 
 
+def test_a_line_that_kills_workers_is_not_asked_again(floor: Stack, tmp_path: Path) -> None:
+    """Two tries after it had been held back for a while, a third worker was gone."""
+    door = Door(Answer(502, {"error": {"code": "request_held_back"}}))
+    now, _, bad = asyncio.run(batch(floor, tmp_path, door))
+    assert (now.status, now.failed, len(door.asked)) == ("completed", 1, 1)
+    assert bad[0]["response"]["status_code"] == 502
+
+
 def test_a_batch_whose_workers_are_gone_can_be_cancelled(floor: Stack, tmp_path: Path) -> None:
     now, good, bad = asyncio.run(batch(floor, tmp_path, Door(Answer(503, None)), lines=3, cancel_after_s=0.5))
     assert now.status == "cancelled"

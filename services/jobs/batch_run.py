@@ -59,6 +59,12 @@ class Means:
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+def is_poison(answer: Answer) -> bool:
+    """Whether the gateway holds a request back, because it has killed workers."""
+    error = (answer.document or {}).get("error")
+    return isinstance(error, dict) and error.get("code") == "request_held_back"
+
+
 class BatchRun:
     """A batch that this process has leased with `token`. Its owner cancels with `cancelled`."""
 
@@ -201,7 +207,7 @@ class BatchRun:
                 self._lines.append(line)
                 self._not_before = time.monotonic() + RETRY_S
                 return
-            if answer.status not in RETRIED or attempt == MAX_TRIES:
+            if answer.status not in RETRIED or is_poison(answer) or attempt == MAX_TRIES:
                 break
             await asyncio.sleep(RETRY_S * 2**attempt)
             if answer.document is None:  # it broke off: computed and recorded, maybe
