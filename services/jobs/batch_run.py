@@ -29,8 +29,7 @@ from services.jobs.front_door import Answer
 from services.jobs.leases import LeaseLost
 from services.jobs.metrics import JobsMetrics
 
-MAX_TRIES = 4
-RETRY_S = 0.5
+MAX_TRIES, RETRY_S = 4, 0.5
 WRITE_EVERY_S = 0.1
 POLL_S = 0.1
 RETRIED = (429, 502, 503, 504)
