@@ -215,7 +215,7 @@ def batch() -> Figures:
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
         file = sdk.files.create(file=("in.jsonl", content), purpose="batch")
         made = sdk.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")  # type: ignore[arg-type]
-        left, began = {150: "kill", 450: "full", 700: "kill"}, time.monotonic()
+        left, began = {150: "kill", 350: "kill", 600: "full"}, time.monotonic()
         while (now := sdk.batches.retrieve(made.id)).status not in ("completed", "failed", "expired", "cancelled"):
             counts = now.request_counts
             done = counts.completed + counts.failed if counts else 0
