@@ -23,11 +23,11 @@ from common.redis.names import USAGE
 from services.jobs import tables
 from services.jobs.app import MIGRATIONS
 from services.jobs.batch import UNFINISHED, Batch, CreateBatch
-from services.jobs.batch_run import Means
 from services.jobs.batches import Batches
 from services.jobs.files import Files
 from services.jobs.front_door import Answer
 from services.jobs.leases import Leases
+from services.jobs.means import Means
 from services.jobs.metrics import JobsMetrics
 from tests.harness import Stack, free_ports, wait_for
 

@@ -105,12 +105,30 @@ def test_a_bug_while_a_batch_runs_forgets_no_batch(floor: Stack, tmp_path: Path,
     assert (ended.status, len(good)) == ("completed", 1)
 
 
-def test_a_line_that_kills_workers_is_not_asked_again(floor: Stack, tmp_path: Path) -> None:
-    """Two tries after it had been held back for a while, a third worker was gone."""
-    door = Door(Answer(502, {"error": {"code": "request_held_back"}}))
-    now, _, bad = asyncio.run(batch(floor, tmp_path, door))
-    assert (now.status, now.failed, len(door.asked)) == ("completed", 1, 1)
-    assert bad[0]["response"]["status_code"] == 502
+def test_a_line_that_kills_workers_is_asked_once_more_and_alone(floor: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried again and again it killed a third worker; and lines that were only there when it did failed with it."""
+    monkeypatch.setattr("services.jobs.batch_run.HELD_S", 0.3)
+    held, poison, deaths, together = Answer(502, {"error": {"code": "request_held_back"}}), "-3", [], [0]
+
+    class Deadly(Door):
+        open = 0
+
+        async def __call__(self, endpoint: str, body: bytes, owner: str, request_id: str, payer: str = "") -> Answer:
+            self.open += 1
+            await asyncio.sleep(0.02)
+            innocent = not request_id.endswith(poison)
+            if not innocent:
+                deaths.append(self.open)
+            self.script = [GOOD if innocent and (len(deaths) != 1 or together[0] > 2) else held]
+            together[0] += innocent and self.script == [held]
+            answer = await super().__call__(endpoint, body, owner, request_id, payer)
+            self.open -= 1
+            return answer
+
+    now, _, bad = asyncio.run(batch(floor, tmp_path, Deadly(GOOD), lines=12))
+    assert (now.status, now.completed, now.failed) == ("completed", 11, 1)
+    assert bad[0]["custom_id"] == "c2"
+    assert deaths[1:] == [1], "once more, and nothing else was on its way"
 
 
 def test_a_batch_whose_workers_are_gone_can_be_cancelled(floor: Stack, tmp_path: Path) -> None:

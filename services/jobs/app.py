@@ -26,7 +26,6 @@ from services.jobs import tables
 from services.jobs.aliases import Aliases
 from services.jobs.batch import UNFINISHED
 from services.jobs.batch_load import LOOK_EVERY_S, BatchLoad
-from services.jobs.batch_run import Means
 from services.jobs.batches import Batches
 from services.jobs.checks import Checks
 from services.jobs.files import ORPHAN_S, Files
@@ -34,6 +33,7 @@ from services.jobs.front_door import FrontDoor
 from services.jobs.internal import add_internal
 from services.jobs.leases import RENEW_EVERY_S, Leases
 from services.jobs.legacy import move_in
+from services.jobs.means import Means
 from services.jobs.metrics import JobsMetrics
 from services.jobs.routes import add_routes
 from services.jobs.settings import JobsSettings

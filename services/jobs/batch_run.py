@@ -7,61 +7,35 @@ are not asked again; all others are. Requests go in by the gateway's door (`fron
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from loguru import logger
-from redis.asyncio import Redis
 from sqlalchemy import Connection, delete
 
 from common.auth import HOUSE
-from common.database import Database
 from common.files import File
 from common.tasks import end_tasks
 from services.jobs import batch_input, tables
 from services.jobs.batch import Batch
 from services.jobs.batch_paid import Paid
 from services.jobs.batch_results import EXPIRED, UNREADABLE, Result, Results, row
-from services.jobs.files import Files
 from services.jobs.front_door import Answer
 from services.jobs.leases import LeaseLost
-from services.jobs.metrics import JobsMetrics
+from services.jobs.means import Means
 
 MAX_TRIES, RETRY_S = 4, 0.5
 WRITE_EVERY_S = 0.1
 POLL_S = 0.1
 RETRIED = (429, 502, 503, 504)
+HELD_S = 65.0
+"""A little longer than the gateway holds a request back that killed two workers (HOLD_BACK_S)."""
 MAX_UNWRITTEN_BYTES = 64 * 1024 * 1024
 """Results that wait for the database; until it takes them, no further request starts."""
 MAX_ATTEMPTS = 5
 """A batch that takes this service down so often without a single result is given up."""
 
-Ask = Callable[[str, bytes, str, str, str], Awaitable[Answer]]
-"""(endpoint, body, owner, request id, who pays instead) -> the answer."""
 Ends = Literal["completed", "expired", "cancelled", "failed"]
-
-
-@dataclass
-class Means:
-    """What all runs share. `room` says whether one more request may start, with so many in flight."""
-
-    database: Database
-    files: Files
-    redis: Redis
-    ask: Ask
-    models: Callable[[], set[str]]
-    room: Callable[[int], bool]
-    metrics: JobsMetrics
-    in_flight: int = 0
-    freed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-def is_poison(answer: Answer) -> bool:
-    """Whether the gateway holds a request back, because it has killed workers."""
-    error = (answer.document or {}).get("error")
-    return isinstance(error, dict) and error.get("code") == "request_held_back"
 
 
 class BatchRun:
@@ -77,6 +51,8 @@ class BatchRun:
         """Lines that are to be asked, the next one last."""
         self._open = 0
         """Requests on their way."""
+        self._held: list[tuple[float, batch_input.Line]] = []
+        """Lines that were on their way when workers died, and when they are tried once more, each alone."""
         self._not_before = 0.0
         """No request starts before this moment of the monotonic clock: there was nobody to answer it."""
 
@@ -168,9 +144,10 @@ class BatchRun:
         writing = asyncio.create_task(self._write())
         try:
             async with asyncio.TaskGroup() as group:
-                while (self._lines or self._open) and not (ends := self._interrupted()) and not self.lost:
+                while (self._lines or self._open or self._held) and not (ends := self._interrupted()) and not self.lost:
                     while self._may_start():
-                        task = group.create_task(self._one(self._lines.pop()))
+                        line, last = (self._lines.pop(), False) if self._lines else (self._held.pop()[1], True)
+                        task = group.create_task(self._one(line, last))
                         means.in_flight, self._open = means.in_flight + 1, self._open + 1
                         task.add_done_callback(self._free)
                     means.freed.clear()
@@ -183,11 +160,13 @@ class BatchRun:
                 await asyncio.to_thread(self._results.flush)
         if self.lost:
             raise LeaseLost(self._batch.id)
-        return self._lines, ends or self._interrupted() or "completed"
+        return [*self._lines, *(line for _, line in self._held)], ends or self._interrupted() or "completed"
 
     def _may_start(self) -> bool:
+        now = time.monotonic()
+        due = bool(self._lines) or (bool(self._held) and not self._open and now >= self._held[-1][0])
         return (
-            bool(self._lines) and time.monotonic() >= self._not_before and self._means.room(self._means.in_flight)
+            due and now >= self._not_before and self._means.room(self._means.in_flight)
             and self._results.waiting_bytes < MAX_UNWRITTEN_BYTES
         )
 
@@ -195,8 +174,8 @@ class BatchRun:
         self._means.in_flight, self._open = self._means.in_flight - 1, self._open - 1
         self._means.freed.set()
 
-    async def _one(self, line: batch_input.Line) -> None:
-        """One request, tried again while only the moment is at fault."""
+    async def _one(self, line: batch_input.Line, last: bool) -> None:
+        """One request, tried again while only the moment is at fault. `last`: it was held back before."""
         batch = self._batch
         request_id = f"{batch.id}-{line.number}"
         body = await asyncio.to_thread(batch_input.body, self._source, line)
@@ -206,7 +185,10 @@ class BatchRun:
                 self._lines.append(line)
                 self._not_before = time.monotonic() + RETRY_S
                 return
-            if answer.status not in RETRIED or is_poison(answer) or attempt == MAX_TRIES:
+            if answer.held_back and not last:  # it killed workers, or was there when another did
+                self._held.append((time.monotonic() + HELD_S, line))
+                return
+            if answer.status not in RETRIED or answer.held_back or attempt == MAX_TRIES:
                 break
             await asyncio.sleep(RETRY_S * 2**attempt)
             if answer.document is None:  # it broke off: computed and recorded, maybe

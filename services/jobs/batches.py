@@ -21,9 +21,10 @@ from common.files import is_id, new_id
 from common.tasks import end_tasks
 from services.jobs import tables
 from services.jobs.batch import OVER, Batch, CreateBatch
-from services.jobs.batch_run import BatchRun, Means
+from services.jobs.batch_run import BatchRun
 from services.jobs.files import find
 from services.jobs.leases import LeaseLost, Leases
+from services.jobs.means import Means
 
 WINDOW_S = 24 * 3600
 RUNNING_AT_ONCE = 16

@@ -21,6 +21,12 @@ class Answer(NamedTuple):
     status: int
     document: Any
 
+    @property
+    def held_back(self) -> bool:
+        """Whether the gateway takes it for one that kills workers."""
+        error = (self.document or {}).get("error")
+        return isinstance(error, dict) and error.get("code") == "request_held_back"
+
 
 class FrontDoor:
     """One request at a time through the gateway."""
