@@ -7,6 +7,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -199,6 +200,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 def batch() -> Figures:
     """1,000 lines; a slow worker, one that dies in the middle of a body, a disk that is full for a while, two kills of the jobs service."""
+    os.environ["HOLD_BACK_S"] = "60"  # the default; tests have no time for it
     with workshop() as folder, small_disk(folder, "6m") as disk, running(folder) as stack:
         def start() -> None:
             stack.spawn("jobs", [sys.executable, "-m", "services.jobs", "--port", str(stack.ports.jobs)], stack.env("jobs") | {

@@ -124,7 +124,7 @@ class Stack:
         secrets = self.dials.secrets / who
         return os.environ | {
             "REDIS_URL": self.dials.redis_url, "PYTHONPATH": str(ROOT), "EDGE": self.edge,
-            "DATABASE_URL": f"sqlite:///{self.folder}/{who}.db", "HOLD_BACK_S": "5", "CACHE_REDIS_URL": self.dials.cache_redis_url,
+            "DATABASE_URL": f"sqlite:///{self.folder}/{who}.db", "HOLD_BACK_S": os.environ.get("HOLD_BACK_S") or "5", "CACHE_REDIS_URL": self.dials.cache_redis_url,
             **{f"{path.name.upper()}_FILE": str(path) for path in secrets.iterdir() if path.suffix == ""},
         }
 
