@@ -217,6 +217,7 @@ def batch() -> Figures:
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
         file = sdk.files.create(file=("in.jsonl", content), purpose="batch")
         made = sdk.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")  # type: ignore[arg-type]
+        dead: set[str] = set()
         left, began = {150: "kill", 350: "kill", 600: "full"}, time.monotonic()
         while (now := sdk.batches.retrieve(made.id)).status not in ("completed", "failed", "expired", "cancelled"):
             counts = now.request_counts
@@ -232,6 +233,9 @@ def batch() -> Figures:
                         (disk / "ballast").write_bytes(b"x" * min(shutil.disk_usage(disk).free, 8_000_000))
                     time.sleep(3)
                     (disk / "ballast").unlink()
+            for name in [n for n, p in stack.running.items() if n.startswith("w") and p.poll() is not None and n not in dead]:
+                dead.add(name)  # its supervisor starts it again
+                stack.add_worker(f"w{3 + len(dead)}")
             assert time.monotonic() - began < 600, now
             time.sleep(0.1)
         assert not left, left

@@ -137,6 +137,17 @@ def test_a_batch_whose_workers_are_gone_can_be_cancelled(floor: Stack, tmp_path:
     assert (good, bad) == ([], [])
 
 
+def test_with_one_worker_a_deadly_line_kills_it_twice_and_no_more(floor: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the worker was starting again the line was asked as if it were new: a death a minute, for a day."""
+    monkeypatch.setattr("services.jobs.batch_run.HELD_S", 0.1)
+    monkeypatch.setattr("services.jobs.batch_run.RETRY_S", 0.02)
+    died, gone = Answer(502, {"error": {"code": "upstream_error"}}), Answer(503, {"error": {"code": "no_worker_ready"}})
+    door = Door(died, gone, gone, died, gone, gone, GOOD)
+    now, _, bad = asyncio.run(batch(floor, tmp_path, door))
+    assert (now.status, now.failed, len(bad)) == ("completed", 1, 1)
+    assert len(door.asked) == 4
+
+
 @pytest.mark.parametrize(("reply", "answer"), [
     (httpx.Response(200, content=b'{"a":1}'), Answer(200, {"a": 1})), (httpx.Response(200, content=b"\xff\0"), Answer(200, None)),
     (httpx.Response(200, content=b'["odd"]'), Answer(200, None)),

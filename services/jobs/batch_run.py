@@ -7,6 +7,7 @@ are not asked again; all others are. Requests go in by the gateway's door (`fron
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,9 @@ class BatchRun:
         """Requests on their way."""
         self._held: list[tuple[float, batch_input.Line]] = []
         """Lines that were on their way when workers died, and when they are tried once more, each alone."""
+        self._deadly: set[int] = set()
+        """The numbers of such lines."""
+        self._tries: Counter[int] = Counter()
         self._not_before = 0.0
         """No request starts before this moment of the monotonic clock: there was nobody to answer it."""
 
@@ -146,8 +150,8 @@ class BatchRun:
             async with asyncio.TaskGroup() as group:
                 while (self._lines or self._open or self._held) and not (ends := self._interrupted()) and not self.lost:
                     while self._may_start():
-                        line, last = (self._lines.pop(), False) if self._lines else (self._held.pop()[1], True)
-                        task = group.create_task(self._one(line, last))
+                        line = self._lines.pop() if self._lines else self._held.pop()[1]
+                        task = group.create_task(self._one(line))
                         means.in_flight, self._open = means.in_flight + 1, self._open + 1
                         task.add_done_callback(self._free)
                     means.freed.clear()
@@ -162,6 +166,13 @@ class BatchRun:
             raise LeaseLost(self._batch.id)
         return [*self._lines, *(line for _, line in self._held)], ends or self._interrupted() or "completed"
 
+    def _later(self, line: batch_input.Line) -> None:
+        """Nobody has seen it."""
+        if line.number in self._deadly:
+            self._held.append((time.monotonic() + RETRY_S, line))
+        else:
+            self._lines.append(line)
+
     def _may_start(self) -> bool:
         now = time.monotonic()
         due = bool(self._lines) or (bool(self._held) and not self._open and now >= self._held[-1][0])
@@ -174,21 +185,24 @@ class BatchRun:
         self._means.in_flight, self._open = self._means.in_flight - 1, self._open - 1
         self._means.freed.set()
 
-    async def _one(self, line: batch_input.Line, last: bool) -> None:
-        """One request, tried again while only the moment is at fault. `last`: it was held back before."""
+    async def _one(self, line: batch_input.Line) -> None:
+        """One request, tried again while only the moment is at fault."""
         batch = self._batch
         request_id = f"{batch.id}-{line.number}"
         body = await asyncio.to_thread(batch_input.body, self._source, line)
-        for attempt in range(1, MAX_TRIES + 1):
+        while True:
+            self._tries[line.number] = attempt = self._tries[line.number] + 1
             answer = await self._ask(body, request_id)
             if answer.status == 503:  # nobody is there: that costs no try, and no other batch its place
-                self._lines.append(line)
+                self._tries[line.number] -= 1
+                self._later(line)
                 self._not_before = time.monotonic() + RETRY_S
                 return
-            if answer.held_back and not last:  # it killed workers, or was there when another did
+            if answer.deadly and line.number not in self._deadly:  # or another one was, beside it
+                self._deadly.add(line.number)
                 self._held.append((time.monotonic() + HELD_S, line))
                 return
-            if answer.status not in RETRIED or answer.held_back or attempt == MAX_TRIES:
+            if answer.status not in RETRIED or answer.deadly or attempt == MAX_TRIES:
                 break
             await asyncio.sleep(RETRY_S * 2**attempt)
             if answer.document is None:  # it broke off: computed and recorded, maybe

@@ -22,10 +22,10 @@ class Answer(NamedTuple):
     document: Any
 
     @property
-    def held_back(self) -> bool:
-        """Whether the gateway takes it for one that kills workers."""
+    def deadly(self) -> bool:
+        """Whether a worker died of it, or while it was there; the gateway holds it back for a while if two did."""
         error = (self.document or {}).get("error")
-        return isinstance(error, dict) and error.get("code") == "request_held_back"
+        return isinstance(error, dict) and error.get("code") in ("request_held_back", "upstream_error")
 
 
 class FrontDoor:
