@@ -158,8 +158,8 @@ class BatchLife(Life):
         try:
             self.do(self.service.files.delete(file, "owner"))
             del self.files[file]
-        except errors.Conflict:
-            assert set(map(self.status, self.batches)) & set(UNFINISHED)
+        except errors.Conflict as error:  # it may be over by now: its last transaction waits for no loop
+            assert any(batch in error.message for batch in self.batches)
 
     @rule(mood=st.sampled_from(["good", "good", "bad", "none", "broken"]))
     def workers(self, mood: str) -> None:
