@@ -312,7 +312,7 @@ def test_a_stuck_engine_is_avoided_within_five_seconds(up: Up) -> None:
 
 def test_a_worker_told_to_stop_finishes_what_it_runs(up: Up) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(up.ask, f"{n} Count.", max_tokens=40) for n in range(6)]
+        futures = [pool.submit(up.ask, f"{n} Count.", max_tokens=24) for n in range(6)]  # make up drains for 5 s
         time.sleep(0.7)
         agent = int(Path(f"/proc/{up.engine_pids()[0]}/stat").read_text().rsplit(")", 1)[1].split()[1])
         os.kill(agent, signal.SIGTERM)
@@ -328,6 +328,7 @@ def test_a_worker_told_to_stop_finishes_what_it_runs(up: Up) -> None:
 
 
 def test_kill_9_under_load_fails_no_request(up: Up) -> None:
+    wait_for(lambda: up.ready() == 2, "both workers there", 120)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(up.ask, f"{n} Tell me a story.", max_tokens=24) for n in range(40)]
         time.sleep(1.5)
