@@ -12,10 +12,11 @@ from loguru import logger
 from common import errors
 from common.answers.store import Store
 from common.asgi import Message, Receive, Scope, Send
-from common.metering import context
+from common.metering import context, engine_errors
 from common.metering.context import CONTEXT
 from common.metering.meter import Meter
 from common.metering.metered import Metering
+from common.routes import ROUTES
 from common.tasks import end_tasks
 from gateway.arrival import Arrival, ClientGone
 from gateway.attempts import Attempts, Reason
@@ -113,6 +114,11 @@ class AsgiEdge:
             await app(forwarded, replayed(relay.body, receive), sending)
         except (errors.UpstreamFailed, errors.ApiError) as failure:
             return failure
+        except errors.StreamLost as error:  # of a worker that meters itself; else `Metering` has ended it
+            if not sending.started:
+                return errors.UpstreamFailed(str(error), ran=True)
+            last = b"\n\n" + engine_errors.in_stream(ROUTES[path][0]) + b"\n\n"  # after half an event, too
+            await sending({"type": "http.response.body", "body": last, "more_body": False})
         except Exception as error:
             if sending.started:
                 raise  # half a document: the server cuts the connection
