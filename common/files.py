@@ -3,15 +3,16 @@
 import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import msgspec
 
 Purpose = Literal["fine-tune", "batch", "batch_output", "fine-tune-results"]
 
 PARTIAL = ".partial"
+PIECE_BYTES = 1024 * 1024
 _ID = re.compile(r"[a-z]{2,12}-[0-9a-f]{24}")
 
 
@@ -46,6 +47,11 @@ def new_id(kind: str) -> str:
 def is_id(text: str, kind: str) -> bool:
     """Whether a client's text has the shape of our ids of this kind; nothing else ever becomes a path or a key."""
     return text.startswith(kind + "-") and _ID.fullmatch(text) is not None
+
+
+def pieces(source: BinaryIO) -> Iterator[bytes]:
+    """What is left of an open file, a piece at a time."""
+    return iter(lambda: source.read(PIECE_BYTES), b"")
 
 
 def write_whole(chunks: Iterable[bytes], target: Path) -> int:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from common.dataset import shown
+
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 MAX_LINES = 50_000
 MAX_NAME_CHARS = 512
-SHOWN_CHARS = 100
 MAX_PROBLEMS = 1000
 MAX_LINE_BYTES = 4 * 1024 * 1024
 """About what the gateway takes as a body (MAX_BODY_BYTES)."""
@@ -33,11 +34,6 @@ class Found(NamedTuple):
     lines: list[Line]
     problems: list[dict[str, Any]]
     models: set[str]
-
-
-def shown(value: object) -> str:
-    """A client's value in a message: the beginning of it, and nothing that JSON could not say again."""
-    return repr(value)[:SHOWN_CHARS].encode("utf-8", "backslashreplace").decode()
 
 
 def problem(line: int | None, code: str, message: str, param: str | None = None) -> dict[str, Any]:
@@ -86,11 +82,12 @@ def _wrong(
         text = f"custom_id: a text of 1 to {MAX_NAME_CHARS} characters is needed."
         yield problem(number, "missing_required_parameter", text, "custom_id")
     elif (earlier := seen.setdefault(name, number)) != number:
-        yield problem(number, "duplicate_custom_id", f"custom_id {shown(name)} is also on line {earlier}.", "custom_id")
+        text = f"custom_id {shown(repr(name))} is also on line {earlier}."
+        yield problem(number, "duplicate_custom_id", text, "custom_id")
     if row.get("method") != "POST":
-        yield problem(number, "invalid_method", f"method: {shown(row.get('method'))}; only 'POST'.", "method")
+        yield problem(number, "invalid_method", f"method: {shown(repr(row.get('method')))}; only 'POST'.", "method")
     if row.get("url") != endpoint:
-        text = f"url: {shown(row.get('url'))}; the batch's endpoint is {endpoint!r}."
+        text = f"url: {shown(repr(row.get('url')))}; the batch's endpoint is {endpoint!r}."
         yield problem(number, "mismatched_url", text, "url")
     body = row.get("body")
     if not isinstance(body, dict):
@@ -100,7 +97,7 @@ def _wrong(
         yield problem(number, "invalid_parameter", "body.stream: a batch has no streams.", "body.stream")
     model = body.get("model")
     if not isinstance(model, str) or len(model) > MAX_NAME_CHARS // 2 or (models is not None and model not in models):
-        yield problem(number, "model_not_found", f"body.model: {shown(model)} does not exist.", "body.model")
+        yield problem(number, "model_not_found", f"body.model: {shown(repr(model))} does not exist.", "body.model")
     else:
         used.add(model)
 

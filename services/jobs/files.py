@@ -16,13 +16,12 @@ from sqlalchemy import Connection, delete, func, or_, select
 
 from common import errors
 from common.database import Database
-from common.files import File, Purpose, is_id, new_id, write_whole
+from common.files import File, Purpose, is_id, new_id, pieces, write_whole
 from common.tuning import FINISHED
 from services.jobs import tables
 from services.jobs.batch import OVER
 
 UPLOADS: tuple[Purpose, ...] = ("fine-tune", "batch")
-COPY_BYTES = 1024 * 1024
 ORPHAN_S = 3600.0
 """A file without a record is a crash's, unless it is younger than this: then its record may be on its way."""
 
@@ -59,7 +58,7 @@ class Files:
     async def add(self, source: BinaryIO, filename: str, purpose: Purpose, owner: str) -> File:
         """Keep a file. Raises InvalidRequest when it is empty or the owner has too many, BodyTooLarge, OSError."""
         file = File(new_id("file"), owner, clean_name(filename), purpose, 0, int(time.time()))
-        file.bytes = await asyncio.to_thread(write_whole, iter(lambda: source.read(COPY_BYTES), b""), self.path(file))
+        file.bytes = await asyncio.to_thread(write_whole, pieces(source), self.path(file))
 
         def keep(c: Connection) -> None:
             self._within_limits(c, owner, file.bytes)

@@ -74,11 +74,10 @@ class Tuning:
     """Fine-tuning jobs of all owners. `base_models` says which models can be tuned now."""
 
     def __init__(
-        self, database: Database, redis: Redis, base_models: Callable[[], frozenset[str]], max_waiting: int,
-        on_create: Callable[[], None] = lambda: None,
+        self, database: Database, redis: Redis, base_models: Callable[[], frozenset[str]], max_waiting: int
     ) -> None:
         self._database, self._redis, self._base_models = database, redis, base_models
-        self._max_waiting, self._on_create = max_waiting, on_create
+        self._max_waiting = max_waiting
 
     async def create(self, asked: CreateJob, owner: str) -> Job:
         """Write a job down; its files are checked next."""
@@ -106,7 +105,6 @@ class Tuning:
             metadata=asked.metadata,
         )
         await self._database.run(lambda c: self._begin(c, job))
-        self._on_create()
         return job
 
     def _begin(self, c: Connection, job: Job) -> None:

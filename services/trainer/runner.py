@@ -13,7 +13,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from common.adapters import Adapter, model_name
-from common.files import File, new_id, sync_folder, write_whole
+from common.files import File, new_id, pieces, sync_folder, write_whole
 from common.tuning import invalid_file, problem_events
 from services.trainer import metrics, publish
 from services.trainer.jobs import LeaseLost, Work
@@ -25,7 +25,6 @@ POLL_S = 0.2
 PATIENCE_S = 600.0
 """How long redis, a worker or the disk may be away while a trained model is published."""
 AGAIN_S = 1.0
-COPY_BYTES = 1024 * 1024
 
 
 class Stopped(Exception):
@@ -227,8 +226,7 @@ class Runner:
         source = self._folder.metrics
         file = File(new_id("file"), self._job.owner, source.name, "fine-tune-results", 0, int(time.time()))
         with open(source, "rb") as bytes_:
-            chunks = iter(lambda: bytes_.read(COPY_BYTES), b"")
-            file.bytes = write_whole(chunks, self._settings.files_dir / file.id)
+            file.bytes = write_whole(pieces(bytes_), self._settings.files_dir / file.id)
         return file
 
     def _end(self, status: Literal["succeeded", "failed", "cancelled", "paused"], **fields: Any) -> bool:
