@@ -238,6 +238,8 @@ class TestTrainers:
             assert (await tuning.get(job.id, "owner")).status == "running"
             await trainers.end(job.id, End(leased.token, "cancelled"))
             assert (await tuning.get(job.id, "owner")).status == "cancelled"
+            with pytest.raises(errors.Conflict):
+                await trainers.end(job.id, End(leased.token, "succeeded", fine_tuned_model="ft:x"))
 
         asyncio.run(live())
 

@@ -85,8 +85,8 @@ class Trainers:
         def conclude(c: Connection) -> Wish:
             jobs = tables.jobs.c
             over = c.execute(select(jobs.status).where(jobs.id == job_id, jobs.lease == end.token)).scalar()
-            if over in (end.status, "cancelled") and over != "running":
-                return Wish()
+            if over == end.status != "running" or (over == "cancelled" and end.status == "paused"):
+                return Wish()  # the first answer was lost
             job = leased(c, job_id, end.token)
             if job.wish and end.status == "succeeded":
                 return Wish(job.wish)
