@@ -251,12 +251,21 @@ def look() -> None:
         raise typer.Exit(1)
 
 
+@contextlib.contextmanager
+def mistakes(archive: Path) -> Iterator[None]:
+    """What the disk refuses is said in a line. Raises UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{archive}: {error.strerror or error} ({error.filename or 'no name'})") from error
+
+
 @app.command("backup")
 def make_backup(archive: Annotated[Path, typer.Argument(help="The archive to write: backup.tar.gz.")]) -> None:
     """Write keys, usage, files, jobs and tuned models into an archive, while the stack runs or not."""
     if archive.exists():
         raise UserError(f"{archive} is there already; choose another name: make backup TO=…")
-    with console.status("backing up") as status:
+    with console.status("backing up") as status, mistakes(archive):
         archives.backup(read_dials(), archive, lambda what: status.update(f"backing up {what}"))
     console.print(f"{archive}: {archive.stat().st_size / 1e6:.0f} MB. Your API key is in it: keep it to yourself.")
 
@@ -266,7 +275,7 @@ def make_restore(archive: Annotated[Path, typer.Argument(help="An archive of mak
     """Make an empty STATE_DIR into what was backed up; then: make up."""
     dials = read_dials()
     dials.state.mkdir(parents=True, exist_ok=True)
-    with only_one(dials), console.status("restoring") as status:
+    with only_one(dials), console.status("restoring") as status, mistakes(archive):
         archives.restore(dials, archive, lambda what: status.update(f"restoring: {what}"))
     console.print(f"restored into {dials.state}. Start it: make up")
 

@@ -10,6 +10,7 @@ stack makes its own.
 """
 
 import contextlib
+import io
 import json
 import shutil
 import sqlite3
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,17 +74,19 @@ def restore(dials: Dials, archive: Path, say: Callable[[str], None]) -> None:
     """Make a state folder out of an archive. Raises UserError, OSError."""
     if any((dials.state / name).exists() for name in (*DATABASES, "redis/appendonlydir", "api_key")):
         raise UserError(f"{dials.state} has a stack's state already; restore into an empty place: STATE_DIR=…")
-    dials.state.mkdir(parents=True, exist_ok=True)
-    dials.state.chmod(0o700)
-    say("unpacking")
+    say("reading")
     try:
         with tarfile.open(archive) as tar:
+            whole = tar.getnames()  # to the end of it, before anything is written
+            known = json.load(tar.extractfile("backup.json") or io.BytesIO())
+            if known["format"] != FORMAT:
+                raise UserError(f"{archive} has format {known['format']}; this release reads {FORMAT}.")
+            say(f"unpacking {len(whole)} files")
+            dials.state.mkdir(parents=True, exist_ok=True)
+            dials.state.chmod(0o700)
             tar.extractall(dials.state, filter="data")
-        known = json.loads((dials.state / "backup.json").read_text())
-    except (tarfile.TarError, ValueError, KeyError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, TypeError, ValueError, KeyError) as error:
         raise UserError(f"{archive} is no archive of make backup: {error}") from error
-    if known["format"] != FORMAT:
-        raise UserError(f"{archive} has format {known['format']}; this release reads {FORMAT}.")
     say("keys, models, aliases, usage")
     folders = {path.name for path in (dials.state / "adapters").iterdir()}
     there = {name for name, adapter in read_registry(known["adapters"]).items() if adapter.folder in folders}
