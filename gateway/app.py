@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from loguru import logger
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
@@ -24,10 +25,11 @@ from common.auth import Authenticator, bearer
 from common.feed import Feed, load_workers
 from common.metering.meter import Meter
 from common.metering.metrics import RequestMetrics
-from common.problems import answer_api_error, answer_http_exception
+from common.problems import answer_api_error, answer_away, answer_http_exception, answer_invalid
 from common.recorder import Recorder
 from common.redis.connect import connect, connect_cache
 from common.redis.names import CHANNEL_ALIASES, CHANNEL_HELD, CHANNEL_KEYS, CHANNEL_WORKERS
+from common.responses.store import ResponseStore
 from common.routes import ROUTES
 from common.tasks import end_tasks, repeat
 from common.workers import WorkerTable
@@ -39,6 +41,7 @@ from gateway.edge_asgi import AsgiEdge, Sending, respond
 from gateway.metrics import GatewayMetrics
 from gateway.path import RequestPath
 from gateway.relay import open_session
+from gateway.responses import OWNER, add_response_routes
 from gateway.routes import add_routes
 from gateway.settings import Settings
 
@@ -57,7 +60,11 @@ class Gateway:
         self.api = FastAPI(lifespan=self._lifespan, openapi_url=None, docs_url=None, redoc_url=None)
         self.api.add_exception_handler(errors.ApiError, answer_api_error)
         self.api.add_exception_handler(HTTPException, answer_http_exception)
+        self.api.add_exception_handler(RequestValidationError, answer_invalid)
+        for away in (RedisError, OSError):
+            self.api.add_exception_handler(away, answer_away)
         add_routes(self.api)
+        add_response_routes(self.api)
         self.path: RequestPath | None = None
         """None while it starts."""
         self._edge: AsgiEdge | None = None
@@ -86,7 +93,7 @@ class Gateway:
         if scope["path"] not in OPEN_PATHS:
             if self._authenticator is None:
                 raise errors.Unavailable("The gateway is starting.", retry_after_s=1)
-            await self._authenticator.check(bearer(dict(scope["headers"])))
+            scope[OWNER] = await self._authenticator.check(bearer(dict(scope["headers"])))
         await self.api(scope, receive, send)
 
     @contextlib.asynccontextmanager
@@ -108,7 +115,8 @@ class Gateway:
         self.path = RequestPath(
             settings, table, authenticator, held.here, meter, metrics, answers, aliases, tracing=tracing
         )
-        self._edge = AsgiEdge(self.path, session, settings.worker_token, meter, store)
+        app.state.responses = responses = ResponseStore(redis)
+        self._edge = AsgiEdge(self.path, session, settings.worker_token, meter, store, responses)
         feed = open_feed(settings, table, authenticator, held.here, aliases)
         look_after = tending.Tending(redis, feed, table, answers, metrics)
         background = [

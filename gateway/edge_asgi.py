@@ -16,6 +16,7 @@ from common.metering import context, engine_errors
 from common.metering.context import CONTEXT
 from common.metering.meter import Meter
 from common.metering.metered import Metering
+from common.responses.store import ResponseStore
 from common.routes import ROUTES
 from common.tasks import end_tasks
 from gateway.arrival import Arrival, ClientGone
@@ -38,10 +39,11 @@ class AsgiEdge:
     """Carries decisions out."""
 
     def __init__(
-        self, path: RequestPath, session: aiohttp.ClientSession, worker_token: str, meter: Meter, store: Store | None
+        self, path: RequestPath, session: aiohttp.ClientSession, worker_token: str, meter: Meter, store: Store | None,
+        responses: ResponseStore,
     ) -> None:
         self._path, self._session, self._worker_token = path, session, worker_token
-        self._meter, self._store = meter, store
+        self._meter, self._store, self._responses = meter, store, responses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -108,7 +110,7 @@ class AsgiEdge:
         # A server that somebody else runs is not told the token.
         upstream = Upstream(self._session, relay.worker.beat.address, self._worker_token if metered else "")
         app = upstream if metered else Metering(
-            upstream, self._meter, relay.worker.beat.id, store=self._store
+            upstream, self._meter, relay.worker.beat.id, store=self._store, responses=self._responses
         )
         try:
             await app(forwarded, replayed(relay.body, receive), sending)

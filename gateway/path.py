@@ -32,7 +32,7 @@ from common.metering.meter import Meter
 from common.records import ANSWER_CACHE, Record
 from common.routes import ROUTES
 from common.workers import WorkerTable
-from gateway import attempts, routing
+from gateway import attempts, routing, turns
 from gateway.answers import Answers
 from gateway.arrival import Arrival, ClientGone
 from gateway.attempts import Attempts, HeldBack
@@ -189,7 +189,7 @@ class RequestPath:
             if tried.deaths:
                 raise errors.UpstreamError("The worker died while it ran this request, and no other can take it.")
             raise errors.Unavailable("No worker could take the request.", retry_after_s=RETRY_AFTER_S)
-        return routing.choose(pool, model, scope, ask.prefix, self._holders)
+        return routing.choose(pool, model, scope, ask.prefix, self._holders, turns.last_tag(ask))
 
     def _explain_nobody(self, model: str) -> None:
         served = self._table.models()
@@ -219,6 +219,7 @@ class RequestPath:
         told = Context(
             arrival.uid, arrival.request_id, arrival.payer or key.id, arrival.attempt, self._scopes.salt(scope), model,
             arrival.batch, round(took_s, 6), chosen.reason, traced.traceparent if traced is not None else "", keep,
+            turns.turn_of(arrival, ask, key, worker.beat.id, self._settings),
         )
         self._metrics.took(took_s)
         if traced is not None:

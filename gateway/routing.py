@@ -9,6 +9,7 @@ it, or all of them being busy, the least loaded one is as good: what any worker 
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ LOOKED_AT = 8
 comparing all (Mitzenmacher 2001, "The power of two choices"), at a cost that does not grow."""
 MAX_PREFIXES = 50_000
 MAX_HOLDERS = 8
+TAG_CHARS = 4
 
 
 class Route(NamedTuple):
@@ -58,11 +60,17 @@ class Holders:
             self._holders.popitem(last=False)
 
 
-def choose(pool: Pool, model: str, scope: str, prompt: bytes, holders: Holders) -> Route:
-    """Pick a worker of `pool` (at least one) for a prompt, and remember it. `scope`: whose prefix cache it may use."""
+def choose(pool: Pool, model: str, scope: str, prompt: bytes, holders: Holders, last: str = "") -> Route:
+    """Pick a worker of `pool` (at least one) for a prompt, and remember it. `scope`: whose prefix cache it may use.
+
+    `last`: the tag of the worker that had the last turn of this conversation, of which the prompt is the end only.
+    """
     if len(pool.workers) == 1:
         return Route(pool.workers[0], "only")
     seen = look_at(pool.workers)
+    if last:
+        warm = [worker for worker in pool.workers if tag(worker.beat.id) == last and worker.load <= _limit(seen)]
+        return Route(least_loaded(warm), "last-turn") if warm else Route(least_loaded(seen), "least-in-flight")
     if len(prompt) < PREFIX_BYTES[-1]:
         return Route(least_loaded(seen), "least-in-flight")
     lengths = [length for length in PREFIX_BYTES if len(prompt) >= length]
@@ -86,8 +94,7 @@ def look_at(workers: Sequence[Worker]) -> Sequence[Worker]:
 def _holder(
     pool: Pool, seen: Sequence[Worker], digests: Sequence[tuple[int, bytes]], holders: Holders
 ) -> Route | None:
-    loads = [worker.load for worker in seen]
-    limit = max(LOAD_RATIO * sum(loads) / len(loads), min(loads) + LOAD_SLACK)
+    limit = _limit(seen)
     for length, digest in digests:
         warm = [
             worker for worker_id in holders.of(digest)
@@ -98,11 +105,23 @@ def _holder(
     return None
 
 
+def _limit(seen: Sequence[Worker]) -> float:
+    """How busy a preferred worker may be."""
+    loads = [worker.load for worker in seen]
+    return max(LOAD_RATIO * sum(loads) / len(loads), min(loads) + LOAD_SLACK)
+
+
 def least_loaded(workers: Sequence[Worker]) -> Worker:
     """The worker with the fewest requests in flight; ties are broken by chance, so gateways do not herd."""
     least = min(worker.load for worker in workers)
     ties = [worker for worker in workers if worker.load == least]
     return ties[0] if len(ties) == 1 else random.choice(ties)  # noqa: S311 - balance, not secrecy
+
+
+@lru_cache(maxsize=4096)
+def tag(worker_id: str) -> str:
+    """What names a worker in the ids of the responses that it made."""
+    return blake2b(worker_id.encode(), digest_size=TAG_CHARS // 2).hexdigest()
 
 
 def prefix_digest(model: str, scope: str, prefix: bytes) -> bytes:

@@ -25,6 +25,8 @@ class Settings(StateSettings):
     answer_cache: Literal["on", "off"] = "on"
     answer_ttl_s: int = Field(3600, ge=1, description="how long an answer is kept")
     answer_max_bytes: int = Field(256 * 1024, ge=1024)
+    response_ttl_s: int = Field(30 * 86400, ge=60, description="how long an unused response is kept (/v1/responses)")
+    responses_max_bytes: int = Field(8 * 1024 * 1024, ge=0, description="of all responses of one key; 0: none are kept")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     max_n: int = Field(16, ge=1)
     relay_connect_timeout_s: float = Field(2.0, gt=0)

@@ -55,6 +55,9 @@ async def engine(scope: Scope, receive: Receive, send: Send) -> None:
         await answer(send, 200, json.dumps(cancelled).encode())
         return
     body = json.loads((await receive())["body"] or b"{}")
+    if path == "/v1/responses":
+        await respond(body, send)
+        return
     script = str(body["messages"][-1]["content"] if body.get("messages") else body.get("prompt") or body.get("input") or "say 3")
     work = asyncio.create_task(act(script.split(), body, scope, send))
     gone = asyncio.create_task(until_gone(receive))
@@ -114,6 +117,40 @@ async def act(words: list[str], body: dict, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.body", "more_body": True, "body": b"data: " + json.dumps(
             {"id": "c", "created": 1, "model": MODEL, "choices": [], "usage": usage}, separators=(",", ":")).encode() + b"\n\n"})
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def respond(body: dict, send: Send) -> None:
+    """`/v1/responses` as vLLM shapes it. The text says what it was asked; `die` and `stop` (at the limit) in the last
+    item do so."""
+    if isinstance(body["input"], str):
+        body["input"] = [{"content": body["input"]}]
+    script = str(body["input"][-1]["content"])
+    if script == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if script.startswith("status"):
+        await answer(send, int(script.split()[1]), b'{"error":{"message":"odd","type":"X","param":"seed","code":1}}')
+        return
+    text = " | ".join(item["content"] if isinstance(item["content"], str) else item["content"][0]["text"]
+                      for item in body["input"])
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed",
+               "content": [{"type": "output_text", "text": f"<{text}>", "annotations": [], "logprobs": None}]}
+    usage = {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10,
+             "input_tokens_details": {"cached_tokens": 4}, "output_tokens_details": {"reasoning_tokens": 0}}
+    document = {"id": body.get("request_id", "resp_own"), "object": "response", "created_at": 1, "model": MODEL,
+                "previous_response_id": body.get("previous_response_id"), "output": [message], "usage": usage,
+                "status": "incomplete" if script == "stop" else "completed"}
+    if not body.get("stream"):
+        await answer(send, 200, json.dumps(document).encode())
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+    begun = {**document, "status": "in_progress", "output": [], "usage": None}
+    delta = {"type": "response.output_text.delta", "delta": 'x "response": {} \n\n', "sequence_number": 1}
+    events = [{"type": "response.created", "response": begun}, delta, {"type": f"response.{document['status']}",
+                                                                       "response": document}]
+    raw = b"".join(b"event: %s\ndata: %s\n\n" % (str(event["type"]).encode(), json.dumps(event).encode()) for event in events)
+    for at in range(0, len(raw), 97):  # cut anywhere
+        await send({"type": "http.response.body", "body": raw[at : at + 97], "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -5,6 +5,7 @@ One `up` with two workers for the module; the tests that break things come last 
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import random
@@ -168,6 +169,33 @@ def test_completions_responses_messages_tokenize(up: Up) -> None:
     assert tokens["count"] == len(tokens["tokens"]) == 2
     text = httpx.post(up.base + "/detokenize", headers=headers, json={"model": MODEL, "tokens": tokens["tokens"]}).json()
     assert text["prompt"] == "hello there"
+
+
+def test_a_response_is_continued_as_if_all_had_been_told_at_once(up: Up) -> None:
+    create = functools.partial(up.sdk.responses.create, model=MODEL, temperature=0, max_output_tokens=12)
+    first = create(input="My name is Ada.")
+    last = list(create(input="What is my name?", previous_response_id=first.id, stream=True))[-1].response
+    told = [{"role": "user", "content": "My name is Ada."}, {"role": "assistant", "content": first.output_text},
+            {"role": "user", "content": "What is my name?"}]
+    at_once = create(input=told, store=False)
+    assert last.usage.input_tokens == at_once.usage.input_tokens
+    assert last.output_text == at_once.output_text
+    assert up.sdk.responses.retrieve(last.id).output_text == last.output_text
+    assert len(up.sdk.responses.input_items.list(last.id).data) == 3
+
+
+def test_a_tool_turn_is_continued(up: Up) -> None:
+    tool = {"type": "function", "name": "weather", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string", "maxLength": 10}}, "required": ["city"]}}
+    create = functools.partial(up.sdk.responses.create, model=MODEL, temperature=0, max_output_tokens=120, tools=[tool])
+    first = create(input="Weather in Rome?", tool_choice="required")
+    call = next(item for item in first.output if item.type == "function_call")
+    assert isinstance(json.loads(call.arguments)["city"], str)
+    second = create(input=[{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}],
+                    previous_response_id=first.id, tool_choice="none")
+    assert second.output_text
+    assert [item.type for item in up.sdk.responses.input_items.list(second.id, order="asc")] == [
+        "message", "function_call", "function_call_output"]
 
 
 def test_errors_are_the_sdks_own_classes(up: Up) -> None:

@@ -23,6 +23,21 @@ class Keep(msgspec.Struct, frozen=True, omit_defaults=True):
     max_bytes: int
 
 
+class Turn(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The request is a turn of a conversation: what `common/responses` keeps, and for whom."""
+
+    owner: str
+    """Whose conversations: an API key's id."""
+    id: str
+    """What the response is called."""
+    previous: str
+    """The response that it continues; empty: none."""
+    store: bool
+    ttl_s: int
+    max_bytes: int
+    """For all responses of this owner together."""
+
+
 class Context(msgspec.Struct, frozen=True, omit_defaults=True):
     """A request as the gateway decided it."""
 
@@ -45,6 +60,7 @@ class Context(msgspec.Struct, frozen=True, omit_defaults=True):
     traceparent: str = ""
     """Empty: nobody traces."""
     keep: Keep | None = None
+    turn: Turn | None = None
 
 
 encode = msgspec.json.Encoder().encode

@@ -32,7 +32,7 @@ def in_our_words(
     status: int, body: bytes, model: str, path: str
 ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     """Status, headers and body for an engine's error."""
-    message, param = _message(body)
+    message, param, said = _message(body)
     route = ROUTES[path][0]
     if status >= 500:
         refused = status == 503
@@ -44,25 +44,25 @@ def in_our_words(
     if not message or message in ("Not Found", "Method Not Allowed"):
         text = f"The model {model!r} does not support {path}."
         return encode_parts(status, text, "invalid_request_error", code="unsupported_endpoint", route=route)
-    code = {404: "model_not_found", 422: "unprocessable"}.get(status, "invalid_value")
+    code = said or {404: "model_not_found", 422: "unprocessable"}.get(status, "invalid_value")
     return encode_parts(status, message, "invalid_request_error", param, code, route=route)
 
 
-def _message(body: bytes) -> tuple[str, str | None]:
-    """Message and field of an engine's error body (OpenAI's, Anthropic's or FastAPI's shape)."""
+def _message(body: bytes) -> tuple[str, str | None, str | None]:
+    """Message, field and code, if that is a text, of an engine's error (OpenAI's, Anthropic's or FastAPI's shape)."""
     try:
         document = msgspec.json.decode(body)
     except msgspec.MsgspecError:
-        return "", None
+        return "", None, None
     error = document.get("error", document) if isinstance(document, dict) else {}
     if not isinstance(error, dict):
-        return "", None
-    message, param = error.get("message") or error.get("detail"), error.get("param")
+        return "", None, None
+    message, param, code = error.get("message") or error.get("detail"), error.get("param"), error.get("code")
     text = message if isinstance(message, str) else ""
     if (found := _PYDANTIC.search(text[:8000])) is not None:
         field = _field(found[1])
-        return f"{field}: {found[2]}.", field
-    return text[:2000], param if isinstance(param, str) else None
+        return f"{field}: {found[2]}.", field, None
+    return text[:2000], param if isinstance(param, str) else None, code if isinstance(code, str) else None
 
 
 def _field(location: str) -> str:

@@ -7,6 +7,7 @@ calls for engines that cannot carry it. Everything that needs an answer's bytes 
     out    the response start is held until the first byte exists, so that a worker that dies in prefill can still be
            replaced; usage that only we asked for is hidden; an engine's error texts become ours; an answer worth
            keeping is stored
+    inside `/v1/responses` gets its state (`common/responses/turns.py`)
     end    one `Record`
 
 Per streamed chunk it looks for a few byte patterns and reads no clock; the budget is 2 microseconds.
@@ -26,6 +27,8 @@ from common.metering.context import CONTEXT, TRACEPARENT, Context
 from common.metering.meter import Meter
 from common.metering.rewrite import read_wants, rewrite
 from common.records import Record
+from common.responses.store import ResponseStore
+from common.responses.turns import TURN, Turns
 from common.routes import ENGINE_PATHS, ROUTES
 
 MAX_ERROR_BYTES = 64 * 1024
@@ -41,13 +44,16 @@ _FROM_THE_GATEWAY = (CONTEXT, TRACEPARENT, b"x-request-id", b"x-vllm-priority", 
 class Metering:
     """The middleware. `worker` names whose requests these are; other paths pass through untouched.
 
-    `vllm`: the engine is vLLM, which takes a `cache_salt` and a priority. `store`: where answers worth keeping go.
+    `vllm`: the engine is vLLM, which takes a `cache_salt` and a priority. `store`: where answers worth keeping go;
+    `responses`: where `/v1/responses` has its state.
     """
 
     def __init__(
-        self, app: App, meter: Meter, worker: str, *, vllm: bool = False, store: Store | None = None
+        self, app: App, meter: Meter, worker: str, *, vllm: bool = False, store: Store | None = None,
+        responses: ResponseStore | None = None,
     ) -> None:
         self.app, self.meter, self.worker, self.vllm, self.store = app, meter, worker, vllm, store
+        self.engine = app if responses is None else Turns(app, responses)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] not in ROUTES or scope["method"] != "POST":
@@ -92,7 +98,7 @@ class _Metered:
         self._prepare(body)
         self.mount.meter.begin(self.record)
         try:
-            await self.mount.app(self.scope, self._receive_body, self._on_message)
+            await self.mount.engine(self.scope, self._receive_body, self._on_message)
         except UpstreamFailed as error:
             self.record.status = 502 if error.ran else 503
             raise
@@ -139,7 +145,8 @@ class _Metered:
             headers.append((TRACEPARENT, told.traceparent.encode()))
         if told.batch and self.mount.vllm:
             headers.append((b"x-vllm-priority", BATCH_PRIORITY))
-        self.scope = {**self.scope, "headers": headers, "path": ENGINE_PATHS.get(self.path, self.path)}
+        path = ENGINE_PATHS.get(self.path, self.path)
+        self.scope = {**self.scope, "headers": headers, "path": path, TURN: told.turn}
         self.body = body
 
     async def _receive_body(self) -> Message:
@@ -156,10 +163,7 @@ class _Metered:
             self.start = message
             self.record.status = message["status"]
             # What the response is decides, not what was asked: a JSON route ignores "stream".
-            self.record.stream = any(
-                name.lower() == b"content-type" and value.startswith(b"text/event-stream")
-                for name, value in message["headers"]
-            )
+            self.record.stream = sse.is_stream(message["headers"])
             if self.keeping is not None:
                 self.keeping.start(stream=self.record.stream)
             return

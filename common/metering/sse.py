@@ -4,7 +4,7 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 MAX_HELD_BYTES = 8 * 1024 * 1024
 """A longer event passes in pieces."""
@@ -31,6 +31,11 @@ class Whole:
                 cut = blank.end()
         self._tail = chunk[cut:]
         return chunk[:cut]
+
+
+def is_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a response with these headers is one of events."""
+    return any(name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
 
 
 def split(events: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -11,6 +11,9 @@ What is live and bounded. State redis (AOF, noeviction):
     key:{id}              string, JSON `ApiKey`                              python -m gateway.keys
     adapters              hash, model name -> JSON `Adapter`                 trainer; removed by the jobs service
     aliases               hash, alias -> JSON `Alias`                        jobs service; followed by gateways
+    response:{key}:{id}   hash with a TTL: response, items, previous (JSON)  whoever meters; removed by gateways
+    responses:{key}       sorted set, response id -> when it was last used   as above
+    responsesizes:{key}   hash, response id -> bytes                         as above
 
 redis-cache (LRU, no persistence), where everything has a TTL and may be evicted:
 
@@ -60,3 +63,18 @@ def flushed_key(recorder: str) -> str:
 def api_key_key(key_id: str) -> str:
     """Where an API key's record lives."""
     return f"key:{key_id}"
+
+
+def response_key(owner: str, response_id: str) -> str:
+    """Where a response lives."""
+    return f"response:{owner}:{response_id}"
+
+
+def responses_key(owner: str) -> str:
+    """Which responses an owner has, and when each was last used."""
+    return f"responses:{owner}"
+
+
+def response_sizes_key(owner: str) -> str:
+    """How large each of an owner's responses is."""
+    return f"responsesizes:{owner}"

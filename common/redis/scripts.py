@@ -54,3 +54,75 @@ redis.call('HSET', KEYS[1], ARGV[1], text)
 redis.call('PUBLISH', ARGV[5], text)
 return text
 """
+
+# KEYS[1] response:{key}:{id}  KEYS[2] responses:{key}  KEYS[3] responsesizes:{key} ; ARGV[1] id, ARGV[2] previous,
+# ARGV[3] items, ARGV[4] response, ARGV[5] bytes, ARGV[6] seconds to keep it unused, ARGV[7] bytes for all of this key,
+# ARGV[8] response:{key}: . Returns how many others made room. The first write comes before any other: a full redis
+# refuses it, and nothing has changed then.
+SAVE_RESPONSE = """
+redis.call('HSET', KEYS[1], 'response', ARGV[4], 'items', ARGV[3], 'previous', ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[6])
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+redis.call('ZADD', KEYS[2], now, ARGV[1])
+redis.call('HSET', KEYS[3], ARGV[1], ARGV[5])
+local out = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[6])
+for _, id in ipairs(out) do redis.call('HDEL', KEYS[3], id) end
+local total, dropped = 0, #out
+for _, bytes in ipairs(redis.call('HVALS', KEYS[3])) do total = total + bytes end
+if total > tonumber(ARGV[7]) then
+  for _, id in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
+    if total <= tonumber(ARGV[7]) then break end
+    local bytes = redis.call('HGET', KEYS[3], id)
+    if id ~= ARGV[1] and bytes then
+      total = total - bytes
+      out[#out + 1] = id
+      redis.call('HDEL', KEYS[3], id)
+    end
+  end
+end
+for _, id in ipairs(out) do
+  redis.call('DEL', ARGV[8] .. id)
+  redis.call('ZREM', KEYS[2], id)
+end
+redis.call('EXPIRE', KEYS[2], ARGV[6])
+redis.call('EXPIRE', KEYS[3], ARGV[6])
+return #out - dropped
+"""
+
+# KEYS[1] responses:{key}  KEYS[2] responsesizes:{key} ; ARGV[1] id, ARGV[2] seconds to keep what is used (0: it
+# is only looked at), ARGV[3] most turns, ARGV[4] response:{key}: .
+# Returns items and response of the response and of each one it continues, newest first; and at its end the id of one
+# that is not there. One turn more than ARGV[3] says that there are more. A script, because each one names the next.
+CHAIN = """
+local said, id, time, keep = {}, ARGV[1], redis.call('TIME'), ARGV[2] ~= '0'
+local now = time[1] + time[2] / 1000000
+if keep then
+  redis.call('EXPIRE', KEYS[1], ARGV[2])
+  redis.call('EXPIRE', KEYS[2], ARGV[2])
+end
+while id ~= '' and #said <= 2 * ARGV[3] do
+  local key = ARGV[4] .. id
+  local link = redis.call('HMGET', key, 'items', 'response', 'previous')
+  if not link[2] then
+    said[#said + 1] = id
+    return said
+  end
+  said[#said + 1] = link[1]
+  said[#said + 1] = link[2]
+  if keep then
+    redis.call('EXPIRE', key, ARGV[2])
+    redis.pcall('ZADD', KEYS[1], 'XX', now, id)  -- a full redis refuses it
+  end
+  id = link[3]
+end
+return said
+"""
+
+# KEYS[1] response:{key}:{id}  KEYS[2] responses:{key}  KEYS[3] responsesizes:{key} ; ARGV[1] id. Returns whether it was
+# there.
+DROP_RESPONSE = """
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('HDEL', KEYS[3], ARGV[1])
+return redis.call('DEL', KEYS[1])
+"""

@@ -24,12 +24,13 @@ ACL = """\
 user default off resetpass ~* &* +@all
 user health on nopass resetkeys resetchannels -@all +ping
 user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~flushed:* ~reaped:* %R~aliases \
-resetchannels &workers &keys &held &aliases -@all +ping +hello +multi +exec +discard +get +set +del +exists +mget \
-+scan +smembers +srem +hset +hdel +hexists +hgetall +hvals +xadd +xlen +xrange +publish +subscribe +unsubscribe +eval
+~response:* ~responses:* ~responsesizes:* resetchannels &workers &keys &held &aliases -@all +ping +hello +multi +exec \
++discard +get +set +del +exists +mget +scan +smembers +srem +hset +hget +hmget +hdel +hexists +hgetall +hvals +xadd \
++xlen +xrange +zadd +zrem +zrange +zrangebyscore +expire +time +publish +subscribe +unsubscribe +eval
 user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage ~flushed:* %R~reaped:* %R~adapters \
-resetchannels &workers -@all +ping +hello +multi +exec +discard +get +set +del +exists +sadd +srem \
-+hset +hdel +hgetall +xadd \
-+publish +eval
+~response:* ~responses:* ~responsesizes:* resetchannels &workers -@all +ping +hello +multi +exec +discard +get +set \
++del +exists +sadd +srem +hset +hget +hmget +hdel +hgetall +hvals +xadd +zadd +zrem +zrange +zrangebyscore +expire \
++time +publish +eval
 user jobs on #{jobs} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~adapters ~aliases ~file:* ~files:* ~ftjob:* \
 ~ftjobs:* ~ftqueue ~fttaken ~ftlease:* ~ftevents:* ~ftcheckpoints:* ~bt:* ~bts:* ~btactive \
 resetchannels &workers &keys &aliases -@all +ping +hello +multi +exec +discard +get +del +mget +scan +smembers \

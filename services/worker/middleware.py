@@ -16,6 +16,7 @@ from common.metering.metered import Metering
 from common.metering.metrics import RequestMetrics
 from common.recorder import Recorder
 from common.redis.connect import connect, connect_cache
+from common.responses.store import ResponseStore
 from services.worker.settings import WorkerSettings
 from services.worker.vllm import times
 
@@ -35,14 +36,17 @@ class WorkerMiddleware:
         logs.configure("worker", settings.log_level)
         self._app = app
         self._expected = f"Bearer {settings.worker_token}".encode()
-        self._recorder = Recorder(connect(settings))
+        redis = connect(settings)
+        self._recorder = Recorder(redis)
         served, metrics = frozenset({settings.served_name}), RequestMetrics(REGISTRY)
         self.meter = Meter(self._recorder, metrics, lambda: served, times.take)
         self._store: Store | None = None
         if settings.cache_redis_url and settings.answer_secret_file is not None:
-            redis = connect_cache(settings, settings.cache_redis_url)
-            self._store = Store(redis, settings.answer_secret, lambda result: metrics.answers.labels(result).inc())
-        self._metered = Metering(app, self.meter, os.environ[WORKER_ID], vllm=True, store=self._store)
+            cache = connect_cache(settings, settings.cache_redis_url)
+            self._store = Store(cache, settings.answer_secret, lambda result: metrics.answers.labels(result).inc())
+        self._metered = Metering(
+            app, self.meter, os.environ[WORKER_ID], vllm=True, store=self._store, responses=ResponseStore(redis)
+        )
 
     @property
     def keeps(self) -> bool:

@@ -1,0 +1,78 @@
+"""`/v1/responses/{id}`: what was answered, read and deleted by its key. Making one is work of the path and a worker."""
+
+from typing import Annotated, Literal
+
+from fastapi import FastAPI, Query, Request, Response
+
+from common.errors import InvalidRequest, NotFound
+from common.keys import ApiKey
+from common.responses.items import listed
+from common.responses.store import ResponseStore
+from gateway.turns import is_response_id
+
+OWNER = "owngpt.key"
+"""In a scope: the `ApiKey` that asks."""
+
+
+def add_response_routes(api: FastAPI) -> None:
+    """Add them to the app; `state.responses` is there once it is up."""
+
+    @api.get("/v1/responses/{name}")
+    async def response(request: Request, name: str, stream: bool = False) -> Response:
+        """A response, as it was answered."""
+        if stream:
+            raise InvalidRequest("stream: a response that is kept is not streamed again.", param="stream")
+        return Response(await _read(request, name), media_type="application/json")
+
+    @api.delete("/v1/responses/{name}")
+    async def delete(request: Request, name: str) -> dict[str, object]:
+        """Forget a response; what continues it cannot be continued any more."""
+        store, owner = _of(request)
+        if not is_response_id(name) or not await store.drop(owner, name):
+            raise _missing(name)
+        return {"id": name, "object": "response.deleted", "deleted": True}
+
+    @api.get("/v1/responses/{name}/input_items")
+    async def input_items(
+        request: Request, name: str, limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc", after: str = "",
+    ) -> dict[str, object]:
+        """What a response answered: everything that was said before, and its own input."""
+        store, owner = _of(request)
+        await _read(request, name)
+        items = listed(await store.chain(owner, name), name)
+        if order == "desc":
+            items.reverse()
+        if after:
+            at = next((at for at, item in enumerate(items) if item["id"] == after), None)
+            if at is None:
+                raise InvalidRequest(f"after: there is no item {after[:80]!r}.", param="after")
+            items = items[at + 1 :]
+        page = items[:limit]
+        return {
+            "object": "list", "data": page, "has_more": len(items) > limit,
+            "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
+        }
+
+    @api.post("/v1/responses/{name}/cancel")
+    async def cancel(request: Request, name: str) -> Response:
+        """Only what runs in the background could be cancelled."""
+        await _read(request, name)
+        raise InvalidRequest("Only a response in the background can be cancelled, and there are none here.")
+
+
+def _of(request: Request) -> tuple[ResponseStore, str]:
+    key: ApiKey = request.scope[OWNER]
+    return request.app.state.responses, key.id
+
+
+async def _read(request: Request, name: str) -> bytes:
+    store, owner = _of(request)
+    said = await store.read(owner, name) if is_response_id(name) else None
+    if said is None:
+        raise _missing(name)
+    return said
+
+
+def _missing(name: str) -> NotFound:
+    return NotFound(f"There is no response {name[:80]!r}.", param="response_id", code="response_not_found")

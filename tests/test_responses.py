@@ -1,0 +1,261 @@
+"""`/v1/responses` with state: real nginx, redis, gateway and the official SDK, before scripted engines."""
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+from redis import Redis
+from redis.exceptions import RedisError
+
+from tests.harness import Stack, running
+
+MODEL = "fake"
+
+
+@pytest.fixture
+def two(stack: Stack) -> Stack:
+    stack.add_worker("w1")
+    stack.add_worker("w2")
+    return stack
+
+
+def sdk(stack: Stack, key: str = "") -> openai.OpenAI:
+    return openai.OpenAI(base_url=stack.base + "/v1", api_key=key or stack.key, max_retries=0)
+
+
+@contextlib.contextmanager
+def filled(redis: Redis) -> Iterator[None]:
+    """A redis that refuses what grows, however much is freed meanwhile."""
+    over = threading.Event()
+
+    def fill() -> None:
+        while not over.is_set():
+            for size in (100_000, 1_000, 10):
+                with contextlib.suppress(RedisError):
+                    while True:
+                        redis.set(f"key:{os.urandom(8).hex()}", "x" * size)
+
+    filling = threading.Thread(target=fill)
+    filling.start()
+    time.sleep(1)
+    yield
+    over.set()
+    filling.join()
+
+
+def test_a_conversation_goes_on_wherever_it_is_answered(two: Stack) -> None:
+    client = sdk(two)
+    last, said, workers = None, [], set()
+    for turn in range(6):
+        raw = client.responses.with_raw_response.create(
+            model=MODEL, input=f"t{turn}", previous_response_id=last, stream=False)
+        response = raw.parse()
+        workers.add(raw.headers["x-owngpt-worker"])
+        assert response.previous_response_id == last
+        assert response.id.startswith("resp_")
+        assert response.store is True
+        said += [f"t{turn}"]
+        assert response.output_text == "<" + " | ".join(said) + ">"
+        said += [response.output_text]
+        last = response.id
+        if turn == 3:  # whoever has had it so far is gone: any other one goes on
+            two.kill(raw.headers["x-owngpt-worker"])
+    assert len(workers) == 2
+    assert client.responses.retrieve(last).output_text == response.output_text
+
+
+def test_the_next_turn_prefers_the_worker_of_the_last(two: Stack) -> None:
+    client = sdk(two)
+    for _ in range(8):
+        first = client.responses.with_raw_response.create(model=MODEL, input="a")
+        second = client.responses.with_raw_response.create(model=MODEL, input="b", previous_response_id=first.parse().id)
+        assert second.headers["x-owngpt-worker"] == first.headers["x-owngpt-worker"]
+        assert "last-turn" in second.headers["server-timing"]
+
+
+def test_a_stream_is_kept_before_its_end_is_told(shared: Stack) -> None:
+    client = sdk(shared)
+    first = client.responses.create(model=MODEL, input="a")
+    events = list(client.responses.create(model=MODEL, input="b", previous_response_id=first.id, stream=True))
+    assert [event.type for event in events] == [
+        "response.created", "response.output_text.delta", "response.completed"]
+    assert events[0].response.id == events[-1].response.id
+    assert events[0].response.previous_response_id == events[-1].response.previous_response_id == first.id
+    assert events[1].delta == 'x "response": {} \n\n'
+    assert events[-1].response.store is True
+    assert client.responses.retrieve(events[-1].response.id).output_text == "<a | <a> | b>"
+
+
+def test_the_end_of_a_stream_comes_after_it_is_kept(shared: Stack) -> None:
+    with shared.client() as client, client.stream(
+        "POST", "/v1/responses", json={"model": MODEL, "input": "x", "stream": True}
+    ) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: ") and '"response.completed"' in line:
+                name = json.loads(line[6:])["response"]["id"]
+                assert shared.redis().hget(f"response:{shared.record.id}:{name}", "response")
+
+
+def test_what_stopped_at_its_limit_can_be_continued(shared: Stack) -> None:
+    client = sdk(shared)
+    first = client.responses.create(model=MODEL, input="stop")
+    assert first.status == "incomplete"
+    assert client.responses.create(model=MODEL, input="on", previous_response_id=first.id).output_text == "<stop | <stop> | on>"
+
+
+def test_an_input_of_items_and_a_tool_turn(shared: Stack) -> None:
+    client = sdk(shared)
+    items = [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}, {"role": "user", "content": "b"}]
+    first = client.responses.create(model=MODEL, input=items)  # type: ignore[arg-type]
+    second = client.responses.create(model=MODEL, input="c", previous_response_id=first.id)
+    assert second.output_text == "<a | b | <a | b> | c>"
+    listed = client.responses.input_items.list(second.id, order="asc").data
+    assert [item.content[0].text for item in listed] == ["a", "b", "<a | b>", "c"]  # type: ignore[union-attr]
+    assert [item.content[0].type for item in listed] == ["input_text", "input_text", "output_text", "input_text"]  # type: ignore[union-attr]
+    assert len({item.id for item in listed}) == 4
+    pages = client.responses.input_items.list(second.id, order="asc", limit=3)
+    assert [item.content[0].text for item in pages] == ["a", "b", "<a | b>", "c"]  # type: ignore[union-attr]
+    assert [item.id for item in client.responses.input_items.list(second.id)] == [item.id for item in listed][::-1]
+
+
+def test_not_stored_is_not_there(shared: Stack) -> None:
+    client = sdk(shared)
+    first = client.responses.create(model=MODEL, input="a", store=False)
+    with pytest.raises(openai.NotFoundError, match="no response"):
+        client.responses.retrieve(first.id)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model=MODEL, input="b", previous_response_id=first.id)
+    assert refused.value.code == "previous_response_not_found"
+    assert refused.value.param == "previous_response_id"
+    kept = client.responses.create(model=MODEL, input="a")
+    aside = client.responses.create(model=MODEL, input="b", previous_response_id=kept.id, store=False)
+    assert aside.output_text == "<a | <a> | b>"
+    assert aside.store is False
+
+
+def test_deleting(shared: Stack) -> None:
+    client = sdk(shared)
+    first = client.responses.create(model=MODEL, input="a")
+    second = client.responses.create(model=MODEL, input="b", previous_response_id=first.id)
+    client.responses.delete(first.id)
+    for gone in (client.responses.delete, client.responses.retrieve):
+        with pytest.raises(openai.NotFoundError):
+            gone(first.id)
+    with pytest.raises(openai.BadRequestError, match=first.id):  # its past is gone
+        client.responses.create(model=MODEL, input="c", previous_response_id=second.id)
+    assert client.responses.retrieve(second.id).output_text == "<a | <a> | b>"
+
+
+def test_nobody_reads_what_is_anothers(shared: Stack) -> None:
+    other = sdk(shared, shared.add_key("other")[0])
+    mine = sdk(shared).responses.create(model=MODEL, input="secret")
+    for call in (other.responses.retrieve, other.responses.delete, other.responses.input_items.list):
+        with pytest.raises(openai.NotFoundError):
+            call(mine.id)
+    with pytest.raises(openai.BadRequestError):
+        other.responses.create(model=MODEL, input="b", previous_response_id=mine.id)
+    assert httpx.get(f"{shared.base}/v1/responses/{mine.id}").status_code == 401
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    ({"background": True}, "batch"), ({"conversation": "conv_1"}, "previous_response_id"),
+    ({"previous_response_id": "../x"}, "no id of a response"), ({"previous_response_id": 7}, "previous_response_id"),
+    ({"store": "yes"}, "store"),
+])
+def test_what_there_is_none_of_is_refused_by_name(shared: Stack, asked: dict, said: str) -> None:
+    with shared.client() as client:
+        answer = client.post("/v1/responses", json={"model": MODEL, "input": "x", **asked})
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+def test_a_stored_response_is_neither_streamed_nor_cancelled(shared: Stack) -> None:
+    name = sdk(shared).responses.create(model=MODEL, input="a").id
+    with shared.client() as client:
+        assert client.get(f"/v1/responses/{name}?stream=true").status_code == 400
+        assert client.post(f"/v1/responses/{name}/cancel").status_code == 400
+        assert client.get(f"/v1/responses/{name}/input_items?limit=1000").status_code == 400
+        assert client.get(f"/v1/responses/{name}/input_items?after=x").status_code == 400
+        assert client.get("/v1/responses/resp_").status_code == 404
+        assert client.delete("/v1/responses/..%2f..%2fx").status_code == 404
+
+
+def test_an_error_of_the_engine_leaves_nothing(shared: Stack) -> None:
+    before = shared.redis().zrange(f"responses:{shared.record.id}", 0, -1)
+    with pytest.raises(openai.BadRequestError, match="odd"):
+        sdk(shared).responses.create(model=MODEL, input="status 400")
+    assert shared.redis().zrange(f"responses:{shared.record.id}", 0, -1) == before
+
+
+def test_the_relay_keeps_them_too(tmp_path) -> None:
+    """Without our middleware in the engine, and without nginx."""
+    with running(tmp_path, edge="none") as stack:
+        stack.add_worker("w1", "--unmetered")
+        client = sdk(stack)
+        first = client.responses.create(model=MODEL, input="a")
+        second = list(client.responses.create(model=MODEL, input="b", previous_response_id=first.id, stream=True))[-1]
+        assert second.response.output_text == "<a | <a> | b>"  # type: ignore[union-attr]
+        assert client.responses.retrieve(second.response.id).output_text == "<a | <a> | b>"  # type: ignore[union-attr]
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.responses.create(model=MODEL, input="b", previous_response_id="resp_" + "0" * 20)
+        assert refused.value.code == "previous_response_not_found"
+
+
+def test_bounded_in_bytes_the_least_recently_used_go_first(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESPONSES_MAX_BYTES", "20000")
+    with running(tmp_path) as stack:
+        stack.add_worker("w1")
+        client = sdk(stack)
+        used = client.responses.create(model=MODEL, input="u" * 1000).id
+        stale = client.responses.create(model=MODEL, input="s" * 1000).id
+        made = []
+        for _ in range(12):
+            made.append(client.responses.create(model=MODEL, input="m" * 1000).id)
+            client.responses.create(model=MODEL, input="-", previous_response_id=used, store=False)
+        assert client.responses.retrieve(used)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(stale)
+        redis = stack.redis()
+        sizes = redis.hgetall(f"responsesizes:{stack.record.id}")
+        assert sum(map(int, sizes.values())) <= 20000
+        names = redis.zrange(f"responses:{stack.record.id}", 0, -1)
+        assert set(names) == set(sizes) == {k.split(":")[2] for k in redis.scan_iter(f"response:{stack.record.id}:*")}
+        large = client.responses.create(model=MODEL, input="l" * 30000)
+        assert large.store is False  # said, not dropped in silence
+        assert client.responses.retrieve(made[-1])
+
+
+def test_a_state_redis_that_is_full_answers_and_says_that_it_keeps_nothing(tmp_path) -> None:
+    with running(tmp_path, redis_maxmemory="12mb") as stack:
+        stack.add_worker("w1")
+        client = sdk(stack)
+        kept = client.responses.create(model=MODEL, input="a")
+        with filled(stack.redis()):
+            answer = client.responses.create(model=MODEL, input="b", previous_response_id=kept.id)
+            assert answer.output_text == "<a | <a> | b>"
+            assert answer.store is False
+            last = list(client.responses.create(model=MODEL, input="c", previous_response_id=kept.id, stream=True))[-1]
+            assert last.response.store is False  # type: ignore[union-attr]
+        names = stack.redis().zrange(f"responses:{stack.record.id}", 0, -1)
+        assert names == [kept.id] == list(stack.redis().hgetall(f"responsesizes:{stack.record.id}"))
+
+
+def test_redis_away(tmp_path) -> None:
+    with running(tmp_path) as stack:
+        stack.add_worker("w1")
+        client = sdk(stack)
+        kept = client.responses.create(model=MODEL, input="a")
+        stack.kill("redis")
+        answer = client.responses.create(model=MODEL, input="b")
+        assert answer.store is False
+        for call in (lambda: client.responses.retrieve(kept.id),
+                     lambda: client.responses.create(model=MODEL, input="b", previous_response_id=kept.id)):
+            with pytest.raises(openai.InternalServerError) as refused:
+                call()
+            assert refused.value.status_code == 503
