@@ -23,6 +23,7 @@ import openai
 from hypothesis.stateful import run_state_machine_as_test
 from loguru import logger
 
+from bench import fuzz as fuzzing
 from bench.stack import Figures, real_stack, workshop
 from services.jobs.checks import run_check
 from tests.harness import Stack, body, running, wait_for
@@ -40,12 +41,17 @@ BOUNDS = {
     "slow_reader_added_s": "<= 0.1",
     "jobs_peak_mb": "<= 400",
     "first_logprobs_ratio": "<= 2",
+    "fuzz_cases": ">= 20000",
+    "fuzz_5xx": "0",
+    "fuzz_authz": "0",
 }
 WANTED_STEPS = 20_000
 STEPS_AN_EXAMPLE = 60
 SLOW_S = 60.0
 DELAY_S = 0.1
 RATE = 10.0
+FUZZ_EXAMPLES = 180
+"""Of each operation that should be taken; each is asked with a key and without, and half as many that should not."""
 CHAT = "/v1/chat/completions"
 
 
@@ -297,7 +303,17 @@ def first_logprobs() -> Figures:
         return {"first_logprobs_ratio": took[0] / took[1]}
 
 
+def fuzz() -> Figures:
+    """Every public route out of the OpenAPI document, before a real engine."""
+    with real_stack(1) as up:
+        made = fuzzing.make_things(up.base, up.key, MODEL)
+        found = fuzzing.trespass(up.base, up.key, up.add_key("other"), made)
+        found.add(fuzzing.fuzz(up.base, up.key, MODEL, FUZZ_EXAMPLES))
+        print(dict(found.statuses), *found.server_errors[:20], *found.holes[:20], sep="\n", flush=True)
+        return {"fuzz_cases": float(found.cases), "fuzz_5xx": float(len(found.server_errors)), "fuzz_authz": float(len(found.holes))}
+
+
 GROUPS = {
     "lifecycle": lifecycle, "redis_full": redis_full, "redis_slow": redis_slow, "slow_reader": slow_reader, "batch": batch,
-    "jobs_peak": jobs_peak, "first_logprobs": first_logprobs,
+    "jobs_peak": jobs_peak, "first_logprobs": first_logprobs, "fuzz": fuzz,
 }

@@ -32,6 +32,7 @@ for dockerfile in gateway/Dockerfile nginx/Dockerfile services/*/Dockerfile; do
 done
 run "dashboards and SLO rules as generated" "$bin/python" -m monitoring --check
 run "docs/redis.md as generated" "$bin/python" -m tests.redis_page --check
+run "openapi.json as generated" quietly "$bin/python" -W ignore -m tests.openapi_page --check
 if command -v node >/dev/null; then
     for script in nginx/console/assets/*.js; do
         run "node --check $script" sh -c "node --check --input-type=module - <$script"

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from services.local.__main__ import keys
 from services.local.plan import ROOT, Dials
 from tests.up import MODEL, Up
 
@@ -78,7 +77,7 @@ def ask(page: Page, text: str, tokens: int = 32) -> None:
 
 
 def answered(page: Page) -> None:
-    expect(page.locator("#messages li.assistant .facts").last).to_be_visible(timeout=60_000)
+    expect(page.locator("#messages > li.assistant .facts").last).to_be_visible(timeout=60_000)
     expect(page.locator("#send")).to_be_visible(timeout=60_000)
 
 
@@ -89,15 +88,15 @@ def shot(page: Page, name: str) -> None:
 def test_chat_says_how_fast_and_by_whom(page: Page) -> None:
     ask(page, "Name three colours.")
     answered(page)
-    facts = page.locator("#messages li.assistant .facts").last.inner_text()
+    facts = page.locator("#messages > li.assistant .facts").last.inner_text()
     assert re.search(r"first token \d", facts), facts
     assert re.search(r"[\d.]+ tokens/s", facts), facts
     assert "worker worker-1-" in facts
     assert re.search(r"request [0-9a-f]{32}", facts)
-    assert page.locator("#messages li.assistant .text").last.inner_text().strip()
+    assert page.locator("#messages > li.assistant .text").last.inner_text().strip()
     ask(page, "And three more.")
     answered(page)
-    assert page.locator("#messages li").count() == 4
+    assert page.locator("#messages > li").count() == 4
     shot(page, "chat")
 
 
@@ -107,16 +106,16 @@ def test_a_repeated_question_comes_from_memory(page: Page) -> None:
         ask(page, "Say hello to memory.")
         answered(page)
         page.get_by_role("button", name="New chat").click() if _ == 0 else None
-    assert "from memory" in page.locator("#messages li.assistant .facts").last.inner_text()
+    assert "from memory" in page.locator("#messages > li.assistant .facts").last.inner_text()
 
 
 def test_stop_stops_the_worker_too(page: Page, up: Up) -> None:
     before = len(up.records())
     ask(page, "Write a very long story about a ship.", 2000)
-    expect(page.locator("#messages li.assistant .text").last).not_to_be_empty()
+    expect(page.locator("#messages > li.assistant .text").last).not_to_be_empty()
     page.get_by_role("button", name="Stop").click()
     answered(page)
-    assert "stopped" in page.locator("#messages li.assistant .facts").last.inner_text()
+    assert "stopped" in page.locator("#messages > li.assistant .facts").last.inner_text()
     deadline = time.monotonic() + 10
     while len(up.records()) == before and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -196,7 +195,7 @@ def test_a_wrong_key_is_refused_in_words(browser: Browser, up: Up) -> None:
 
 
 def test_a_key_that_is_revoked_meanwhile_is_asked_for_again(browser: Browser, up: Up) -> None:
-    made = keys(Dials(up.state, "", ""), "create", "short-lived")
+    made = up.add_key("short-lived")
     page = browser.new_page()
     page.goto(up.base)
     page.locator("#key").fill(made)
@@ -227,9 +226,93 @@ def test_an_answer_is_text_and_never_markup(page: Page) -> None:
         status=200, headers={"content-type": "text/event-stream"}, body=body))
     ask(page, "x")
     answered(page)
-    assert page.locator("#messages li.assistant .text").last.inner_text().startswith("<img")
+    assert page.locator("#messages > li.assistant .text").last.inner_text().startswith("<img")
     assert page.title() == "OwnGPT"
     assert page.locator("#messages img, #messages script").count() == 0
+
+
+def answers(page: Page, text: str) -> None:
+    """The next questions are answered so."""
+    body = f"data: {json.dumps({'choices': [{'delta': {'content': text}}]})}\n\ndata: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(
+        status=200, headers={"content-type": "text/event-stream"}, body=body))
+
+
+def test_an_answer_is_markdown(page: Page) -> None:
+    answers(page, "# Two\n\n1. *one*\n2. `two`\n\n```python\nprint('<b>')\n```\n\n|a|b|\n|-|-|\n|1|2|\n\n"
+                  "[bad](javascript:alert(1)) [good](https://example.com) ![spy](https://example.com/x.png)")
+    ask(page, "**x**")
+    answered(page)
+    text = page.locator("#messages > li.assistant .text").last
+    expect(text.locator("h1")).to_have_text("Two")
+    expect(text.locator("ol li em")).to_have_text("one")
+    expect(text.locator("pre code")).to_have_text("print('<b>')\n")
+    expect(text.locator("td").last).to_have_text("2")
+    assert [link.get_attribute("href") for link in text.locator("a").all()] == [None, "https://example.com"]
+    assert text.locator("a").last.get_attribute("rel") == "noopener noreferrer"
+    assert text.locator("img").count() == 0
+    expect(page.locator("#messages > li.user .text").last).to_have_text("**x**")  # what one wrote oneself is left alone
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    text.get_by_role("button", name="Copy").click()
+    expect(text.get_by_role("button", name="copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == "print('<b>')\n"
+    shot(page, "markdown")
+
+
+def test_conversations_are_kept_until_they_are_deleted(page: Page, up: Up) -> None:
+    answers(page, "An *answer*.")
+    ask(page, "First question")
+    answered(page)
+    page.get_by_role("button", name="New chat").click()
+    ask(page, "Second question")
+    answered(page)
+    page.reload()
+    expect(page.locator("#conversations li")).to_have_count(2)
+    assert page.locator("#messages > li").count() == 0
+    page.get_by_role("button", name="First question", exact=True).click()
+    expect(page.locator("#messages > li")).to_have_count(2)
+    expect(page.locator("#messages > li.assistant em")).to_have_text("answer")
+    ask(page, "And more?")
+    answered(page)
+    asked: list[dict] = []
+    page.on("request", lambda request: asked.append(request.post_data_json) if "completions" in request.url else None)
+    ask(page, "The end")
+    answered(page)
+    assert [m["content"] for m in asked[-1]["messages"]] == [
+        "First question", "An *answer*.", "And more?", "An *answer*.", "The end"]
+    shot(page, "conversations")
+    page.get_by_role("button", name="delete: Second question").click()
+    page.get_by_role("button", name="delete: First question").click()
+    expect(page.locator("#messages > li")).to_have_count(0)
+    assert "conversations" not in page.evaluate("JSON.stringify(localStorage)")
+    ask(page, "Of this key")
+    answered(page)
+    page.get_by_role("button", name="Forget key").click()
+    page.locator("#key").fill(up.add_key("neighbour"))
+    page.locator("#key").press("Enter")
+    expect(page.locator("#chat")).to_be_visible()
+    expect(page.locator("#conversations li")).to_have_count(0)  # another key's are not shown
+    expect(page.locator("#messages > li")).to_have_count(0)
+
+
+def test_a_batch_from_a_file_to_its_results(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "batch.jsonl"
+    path.write_text("".join(json.dumps({"custom_id": f"c{n}", "method": "POST", "url": "/v1/completions", "body": {
+        "model": MODEL, "prompt": f"Number {n}:", "max_tokens": 4}}) + "\n" for n in range(5)))
+    page.get_by_role("button", name="Batches").click()
+    page.locator("#batch-file").set_input_files(path)
+    page.get_by_role("button", name="Upload and start").click()
+    row = page.locator("#batches-table tbody tr").first
+    expect(row).to_contain_text("completed", timeout=60_000)
+    expect(row).to_contain_text("5/5")
+    with page.expect_download() as download:
+        row.get_by_role("button", name="results").click()
+    assert len(Path(download.value.path()).read_text().splitlines()) == 5
+    path.write_text("no json\n")
+    page.locator("#batch-file").set_input_files(path)
+    page.get_by_role("button", name="Upload and start").click()
+    expect(page.locator("#batch-error")).to_contain_text("no JSON request")
+    shot(page, "batches")
 
 
 def test_an_error_is_shown_and_the_question_can_be_asked_again(page: Page) -> None:
@@ -293,7 +376,7 @@ def test_on_a_phone_in_chinese(browser: Browser, up: Up) -> None:
     page.locator("#question").fill("你好")
     page.get_by_role("button", name="发送").tap()
     answered(page)
-    for name in ("状态", "用量", "微调", "对话"):
+    for name in ("状态", "用量", "微调", "批处理", "对话"):
         page.get_by_role("button", name=name, exact=True).tap()
         time.sleep(0.3)
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")

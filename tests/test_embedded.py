@@ -21,7 +21,7 @@ import httpx
 import openai
 import pytest
 
-from bench import kv
+from bench import fuzz, kv
 from services.local.plan import ROOT
 from tests.harness import free_ports, wait_for
 from tests.up import MODEL, Up, launch
@@ -214,6 +214,17 @@ def test_errors_are_the_sdks_own_classes(up: Up) -> None:
     with pytest.raises(openai.NotFoundError) as embeddings:
         up.sdk.embeddings.create(model=MODEL, input="x")
     assert embeddings.value.code == "unsupported_endpoint"
+
+
+def test_no_route_answers_5xx_or_tells_what_is_anothers(up: Up) -> None:
+    """A short run of `make bench-faults`' fuzz over the whole OpenAPI document."""
+    assert httpx.get(up.base + "/openapi.json").json() == json.loads(fuzz.DOCUMENT.read_text())
+    made = fuzz.make_things(up.base, up.key, MODEL)
+    found = fuzz.trespass(up.base, up.key, up.add_key("other"), made)
+    found.add(fuzz.fuzz(up.base, up.key, MODEL, 6))
+    assert found.server_errors == []
+    assert found.holes == []
+    assert found.statuses[200] > 50
 
 
 def test_image_urls_are_not_fetched(up: Up) -> None:

@@ -14,6 +14,7 @@ import yaml
 from redis import Redis
 from supervisor.xmlrpc import SupervisorTransport
 
+from services.local.__main__ import keys
 from services.local.plan import ROOT, Dials
 from tests.harness import free_ports, wait_for
 
@@ -41,6 +42,10 @@ class Up:
         self.base = f"http://127.0.0.1:{self.port}"
         self.key = (state / "api_key").read_text().strip()
         self.sdk = openai.OpenAI(base_url=self.base + "/v1", api_key=self.key, timeout=120, max_retries=0)
+
+    def add_key(self, name: str) -> str:
+        """One more API key."""
+        return keys(Dials(self.state, "", ""), "create", name)
 
     def screen(self) -> str:
         return self.log.read_text() if self.log.exists() else ""

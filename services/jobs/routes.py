@@ -17,6 +17,7 @@ MULTIPART_OVERHEAD_BYTES = 64 * 1024
 
 
 After = Annotated[str | None, Query()]
+Verb = Annotated[str, Path(json_schema_extra={"enum": ["cancel", "pause", "resume"]})]
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
@@ -29,7 +30,10 @@ def add_routes(api: FastAPI) -> None:
 def add_files(api: FastAPI) -> None:
     """/v1/files."""
 
-    @api.post("/v1/files")
+    @api.post("/v1/files", openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {
+        "schema": {"type": "object", "required": ["file", "purpose"], "properties": {
+            "file": {"type": "string", "contentMediaType": "application/octet-stream"},
+            "purpose": {"type": "string", "enum": list(UPLOADS)}}}}}}})
     async def upload(request: Request, who: Owner) -> dict[str, object]:
         """A multipart form: `file` and `purpose`."""
         length = request.headers.get("content-length", "")
@@ -116,7 +120,7 @@ def add_tuning(api: FastAPI) -> None:
         return page(await request.app.state.tuning.checkpoints(job), after, limit)
 
     @api.post("/v1/fine_tuning/jobs/{job_id}/{verb}")
-    async def change(request: Request, who: Owner, job_id: str, verb: str) -> dict[str, object]:
+    async def change(request: Request, who: Owner, job_id: str, verb: Verb) -> dict[str, object]:
         tuning = request.app.state.tuning
         verbs = {"cancel": tuning.cancel, "pause": tuning.pause, "resume": tuning.resume}
         if verb not in verbs:

@@ -22,7 +22,7 @@ from common.tasks import end_tasks, repeat
 from common.workers import WorkerTable
 from services.ledger.costs import Costs
 from services.ledger.legacy import move_in
-from services.ledger.live import LastMinute, Speeds, describe
+from services.ledger.live import LastHour, LastMinute, Speeds, describe
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.neighbours import LOOK_EVERY_S, Neighbours
 from services.ledger.settings import LedgerSettings
@@ -50,6 +50,7 @@ class Ledger:
         self.costs = Costs(self._database, settings.hourly_usd, settings.budget_usd)
         self.last_minute = LastMinute()
         self.speeds = Speeds()
+        self.last_hour = LastHour()
         self.neighbours = Neighbours(settings.gpu_exporter_url, settings.prometheus_url)
         self._tokens_today = 0
         self._feed = Feed(
@@ -100,6 +101,8 @@ class Ledger:
         """Silent workers, speeds; call it every second."""
         self.table.tend(connected=self._feed.connected)
         self.speeds.take(self.table.workers.values())
+        total = self.total()
+        self.last_hour.take(total["tokens_per_s"], int(total["in_flight"]), int(total["waiting"]))
 
     async def _count_money(self) -> None:
         """Call it every COST_EVERY_S; what it misses is counted at the next tick. Raises DatabaseAway."""
@@ -107,6 +110,18 @@ class Ledger:
         used = await self.books.days(ALL, 1)
         self._tokens_today = _tokens(total(used[0][1])) if used else 0
         self.metrics.show(self.costs)
+
+    def total(self) -> dict[str, float]:
+        """All workers together."""
+        workers = self.table.workers.values()
+        speeds = [self.speeds.of(worker.beat.id) for worker in workers]
+        return {
+            "ready": self.table.states()["ready"],
+            "in_flight": sum(w.beat.in_flight for w in workers),
+            "waiting": sum(w.beat.waiting for w in workers),
+            "tokens_per_s": round(sum(out for out, _ in speeds), 1),
+            "prompt_tokens_per_s": round(sum(read for _, read in speeds), 1),
+        }
 
     def status(self) -> dict[str, object]:
         """What `/v1/status` says."""
@@ -116,14 +131,9 @@ class Ledger:
             "object": "status",
             "at": time.time(),
             "workers": [describe(w.beat, speed) for w, speed in zip(workers, speeds, strict=True)],
-            "total": {
-                "ready": self.table.states()["ready"],
-                "in_flight": sum(w.beat.in_flight for w in workers),
-                "waiting": sum(w.beat.waiting for w in workers),
-                "tokens_per_s": round(sum(out for out, _ in speeds), 1),
-                "prompt_tokens_per_s": round(sum(read for _, read in speeds), 1),
-            },
+            "total": self.total(),
             "last_minute": self.last_minute.public(),
+            "last_hour": list(self.last_hour.points),
             "gpus": self.neighbours.gpus,
             "host": self.neighbours.host,
             "cost": self.costs.public(self._tokens_today),
@@ -154,6 +164,12 @@ def create(settings: LedgerSettings) -> FastAPI:
             yield
 
     api = make_api(lifespan)
+    add_routes(api)
+    return api
+
+
+def add_routes(api: FastAPI) -> None:
+    """All of them; `state.ledger` is there once it is up."""
 
     @api.get("/metrics")
     async def metrics(request: Request) -> Response:
@@ -184,8 +200,6 @@ def create(settings: LedgerSettings) -> FastAPI:
             "object": "usage", "key": who,
             "days": [{"date": day.isoformat(), "models": models, "total": total(models)} for day, models in found],
         }
-
-    return api
 
 
 def from_environment() -> FastAPI:

@@ -11,6 +11,7 @@ from services.ledger.usage import FAILED
 WINDOW_S = 60.0
 MAX_KEPT = 50_000
 SPEED_WINDOW_S = 5.0
+HOUR_S, POINT_EVERY_S = 3600.0, 10.0
 
 
 def quantile(values: list[float], share: float) -> float | None:
@@ -72,6 +73,22 @@ class Speeds:
             return 0.0, 0.0
         (_, first_out, first_in), (_, last_out, last_in) = seen[0], seen[-1]
         return max(last_out - first_out, 0) / passed, max(last_in - first_in, 0) / passed
+
+
+class LastHour:
+    """A point every POINT_EVERY_S of the last hour: (Unix time, tokens/s, running, waiting). A restart forgets them."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self.points: deque[tuple[float, float, int, int]] = deque(maxlen=int(HOUR_S / POINT_EVERY_S))
+
+    def take(self, tokens_per_s: float, running: int, waiting: int) -> None:
+        """How it is now; kept if the last point is old enough."""
+        now = self._clock()
+        if not self.points or now - self.points[-1][0] >= POINT_EVERY_S or now < self.points[-1][0]:
+            self.points.append((round(now, 1), tokens_per_s, running, waiting))
+        while self.points and now - self.points[0][0] > HOUR_S:
+            self.points.popleft()
 
 
 def describe(beat: Heartbeat, speed: tuple[float, float]) -> dict[str, object]:

@@ -1,12 +1,19 @@
 // Chat: streams an answer, can stop it, and says under it how fast it came, who wrote it and what was cached.
 
-import { call, events, json } from "./api.js";
+import { call, events, json, key } from "./api.js";
+import * as kept from "./conversations.js";
 import { t } from "./i18n.js";
+import { render } from "./markdown.js";
 import { $, make, number, seconds } from "./page.js";
 
-let history = [];
+const DRAW_MS = 80;
+let talk = fresh();
 let running = null;
 let temperature; // not said until the slider is moved: the model's own then
+
+function fresh() {
+  return { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), title: "", messages: [] };
+}
 
 /** Fill the picker: base models first, adapters and aliases below, those that the key may use. */
 export async function show() {
@@ -16,6 +23,38 @@ export async function show() {
   $("model").replaceChildren(...[...base, ...own].map((model) =>
     make("option", { value: model.id }, model.parent ? `${model.id} ← ${model.parent}` : model.id)));
   if (models.some((model) => model.id === chosen)) $("model").value = chosen;
+  list();
+}
+
+/** Another key's, or nobody's: what is shown is not theirs. */
+export const forget = () => open(fresh());
+
+function open(conversation) {
+  running?.abort();
+  talk = conversation;
+  $("messages").replaceChildren();
+  for (const { role, content } of talk.messages) put(add(role, ""), role, content);
+  if (talk.model && [...$("model").options].some((option) => option.value === talk.model)) $("model").value = talk.model;
+}
+
+/** The conversations that this browser keeps. */
+function list() {
+  $("conversations").replaceChildren(...kept.all().map((conversation) => {
+    const name = make("button", { className: "plain", type: "button", title: conversation.title }, conversation.title);
+    if (conversation.id === talk.id) name.setAttribute("aria-current", "true");
+    name.addEventListener("click", () => {
+      open(conversation);
+      list();
+    });
+    const gone = make("button", { className: "plain", type: "button", title: t("delete") }, "×");
+    gone.setAttribute("aria-label", `${t("delete")}: ${conversation.title}`);
+    gone.addEventListener("click", () => {
+      kept.remove(conversation.id);
+      if (conversation.id === talk.id) open(fresh());
+      list();
+    });
+    return make("li", name, gone);
+  }));
 }
 
 /** Choose a model in the picker. */
@@ -31,9 +70,8 @@ export function setUp() {
     $("temperature-shown").value = temperature = Number($("temperature").value);
   });
   $("new-chat").addEventListener("click", () => {
-    running?.abort();
-    history = [];
-    $("messages").replaceChildren();
+    open(fresh());
+    list();
     $("question").focus();
   });
   $("stop").addEventListener("click", () => running?.abort());
@@ -53,13 +91,17 @@ export function setUp() {
 
 async function ask(text) {
   $("question").value = "";
-  history.push({ role: "user", content: text });
-  add("user", text);
+  const asked = talk;   // another one may be opened meanwhile
+  asked.messages.push({ role: "user", content: text });
+  asked.title ||= text.slice(0, 60);
+  asked.model = $("model").value;
+  put(add("user", ""), "user", text);
   const item = add("assistant", "");
   item.classList.add("writing");
   running = new AbortController();
   busy(true);
   const started = performance.now();
+  let drawn = 0;
   const seen = { first: null, last: null, text: "", usage: null, headers: null, stopped: false };
   try {
     const system = $("system").value.trim();
@@ -67,7 +109,7 @@ async function ask(text) {
       signal: running.signal,
       json: {
         model: $("model").value, stream: true, stream_options: { include_usage: true },
-        messages: [...(system ? [{ role: "system", content: system }] : []), ...history],
+        messages: [...(system ? [{ role: "system", content: system }] : []), ...asked.messages],
         temperature, max_tokens: Number($("max-tokens").value) || undefined,
       },
     });
@@ -78,7 +120,10 @@ async function ask(text) {
         seen.last = performance.now();
         seen.first ??= seen.last;
         seen.text += piece;
-        put(item, seen.text);
+        if (seen.last - drawn > DRAW_MS) {
+          drawn = seen.last;
+          put(item, "assistant", seen.text);
+        }
       }
       seen.usage = part.usage ?? seen.usage;
     }
@@ -90,7 +135,10 @@ async function ask(text) {
     busy(false);
     item.classList.remove("writing");
   }
-  if (seen.text) history.push({ role: "assistant", content: seen.text });
+  put(item, "assistant", seen.text);
+  if (seen.text) asked.messages.push({ role: "assistant", content: seen.text });
+  if (key()) kept.keep(asked);
+  list();
   item.append(facts(seen, started));
   $("messages").scrollTop = $("messages").scrollHeight;
 }
@@ -118,10 +166,11 @@ function add(role, text) {
   return item;
 }
 
-function put(item, text) {
+/** A question is text, an answer is Markdown. */
+function put(item, role, text) {
   const list = $("messages");
   const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 80;
-  item.firstChild.textContent = text;
+  item.firstChild.replaceChildren(role === "assistant" ? render(text) : text);
   if (atEnd) list.scrollTop = list.scrollHeight;
 }
 

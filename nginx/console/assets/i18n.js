@@ -21,14 +21,19 @@ const ZH = {
   "temperature": "温度", "busy": "利用率", "throttled": "降频", "no worker": "没有工作节点。", "day": "日期", "requests": "请求",
   "prompt": "提示", "cached": "缓存", "answers": "回答", "nothing used": "尚无用量。", "no jobs": "尚无任务。", "show": "查看",
   "succeeded": "成功", "failed": "失败", "queued": "排队中", "cancelled": "已取消", "validating_files": "正在校验", "paused": "已暂停",
-  "made": "创建时间", "uploading": "正在上传……", "checking": "已上传。正在检查每一行……", "training loss": "训练损失",
+  batches: "批处理", batch_new: "大批请求", batch_what: "JSONL 文件，每行一个请求；见 docs/batches.md。它们在空闲时回答。", conversations: "对话记录",
+  kept_here: "只保存在此浏览器中，直到您删除。", last_hour: "最近一小时", send_batch: "上传并开始",
+  "copy": "复制", "copied": "已复制", "delete": "删除", "done": "完成", "results": "结果", "mistakes": "错误", "no batches": "尚无批处理。",
+  "not a batch": "第一行不是带有 url 的 JSON 请求。", "completed": "已完成", "in_progress": "进行中", "validating": "正在校验", "finalizing": "正在收尾",
+  "expired": "已过期", "cancelling": "正在取消", "made": "创建时间", "uploading": "正在上传……", "checking": "已上传。正在检查每一行……", "training loss": "训练损失",
   "validation loss": "验证损失", "step": "步", "left": "剩余",
 };
 
 let language = localStorage.getItem("language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
 const english = new Map();
 
-const EN = { "key refused": "This key is not valid, or was revoked.", "no answer": "The stack does not answer:", "validating_files": "validating" };
+const EN = { "key refused": "This key is not valid, or was revoked.", "no answer": "The stack does not answer:", "validating_files": "validating", "in_progress": "in progress",
+  "not a batch": "The first line is no JSON request with a url." };
 
 /** A text in the reader's language; what is not in EN is its own English. */
 export const t = (text) => (language === "zh" ? ZH : EN)[text] ?? text;

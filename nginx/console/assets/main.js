@@ -1,6 +1,7 @@
-// The frame: a key, four views, two languages.
+// The frame: a key, five views, two languages.
 
 import * as api from "./api.js";
+import * as batches from "./batches.js";
 import * as chat from "./chat.js";
 import { currentLanguage, switchLanguage, t, translate } from "./i18n.js";
 import { $ } from "./page.js";
@@ -8,7 +9,7 @@ import * as status from "./status.js";
 import * as tuning from "./tuning.js";
 import * as usage from "./usage.js";
 
-const VIEWS = { chat, status, usage, tuning };
+const VIEWS = { chat, status, usage, tuning, batches };
 let shown = null;
 
 async function open(name) {
@@ -26,6 +27,7 @@ async function open(name) {
 function askForKey(why = "") {
   VIEWS[shown]?.hide?.();
   shown = null;
+  chat.forget();
   api.forget();
   for (const view of document.querySelectorAll(".view")) view.hidden = true;
   $("enter").hidden = false;
@@ -74,6 +76,7 @@ $("language").addEventListener("click", () => {
 translate();
 nameLanguage();
 chat.setUp();
+batches.setUp();
 tuning.setUp(async (model) => {
   await open("chat");
   chat.choose(model);

@@ -27,6 +27,22 @@ export function bar(share) {
   return make("span", make("meter", { min: 0, max: 1, high: 0.95, optimum: 0, low: 0.8, value: share }), ` ${percent(share)}`);
 }
 
+/** Let a file be dropped on an input's label, and say its name. */
+export function takesFile(input, name) {
+  const label = input.labels[0];
+  for (const kind of ["dragover", "dragleave", "drop"]) {
+    label.addEventListener(kind, (event) => {
+      event.preventDefault();
+      label.classList.toggle("over", kind === "dragover");
+      if (kind === "drop" && event.dataTransfer.files.length) {
+        input.files = event.dataTransfer.files;
+        input.dispatchEvent(new Event("change"));
+      }
+    });
+  }
+  input.addEventListener("change", () => (name.textContent = input.files[0]?.name ?? ""));
+}
+
 export const number = (value, digits = 0) =>
   value === null || value === undefined ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits });
 export const percent = (share) => (share === null || share === undefined ? "–" : `${Math.round(share * 100)} %`);

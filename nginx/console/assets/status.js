@@ -4,8 +4,7 @@ import { json } from "./api.js";
 import { t } from "./i18n.js";
 import { $, bar, chart, fill, gib, make, number, percent, seconds, usd, whileShown } from "./page.js";
 
-const KEPT = 300;
-const seen = { at: [], speed: [], running: [], waiting: [] };
+const HOUR_S = 3600;
 let draw = null, stop = null;
 
 export function show() {
@@ -60,10 +59,10 @@ function put(status) {
   $("alerts").replaceChildren(...(status.alerts ?? []).filter((alert) => alert.state === "firing").map((alert) =>
     make("p", { className: "alert", role: "alert" }, make("strong", alert.name), ` ${alert.summary} (${alert.runbook})`)));
 
-  for (const [name, value] of [["at", status.at], ["speed", total.tokens_per_s], ["running", total.in_flight], ["waiting", total.waiting]]) {
-    seen[name].push(value);
-    if (seen[name].length > KEPT) seen[name].shift();
-  }
-  draw.speed([seen.at, seen.speed]);
-  draw.load([seen.at, seen.running, seen.waiting]);
+  // The server remembers the hour; its last point is now.
+  const points = [...status.last_hour, [status.at, total.tokens_per_s, total.in_flight, total.waiting]];
+  if (points[0][0] > status.at - HOUR_S) points.unshift([status.at - HOUR_S, null, null, null]);
+  const [at, speed, running, waiting] = [0, 1, 2, 3].map((column) => points.map((point) => point[column]));
+  draw.speed([at, speed]);
+  draw.load([at, running, waiting]);
 }

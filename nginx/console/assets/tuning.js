@@ -2,7 +2,7 @@
 
 import { call, json } from "./api.js";
 import { t } from "./i18n.js";
-import { $, chart, fill, make, seconds, whileShown } from "./page.js";
+import { $, chart, fill, make, seconds, takesFile, whileShown } from "./page.js";
 
 const OVER = new Set(["succeeded", "failed", "cancelled"]);
 let chosen = null, stop = null, drawLoss = null, openChat = () => {};
@@ -10,18 +10,7 @@ let listed = "", settled = "";   // what the list and the job show already, so t
 
 export function setUp(toChat) {
   openChat = toChat;
-  const drop = $("drop");
-  for (const kind of ["dragover", "dragleave", "drop"]) {
-    drop.addEventListener(kind, (event) => {
-      event.preventDefault();
-      drop.classList.toggle("over", kind === "dragover");
-      if (kind === "drop" && event.dataTransfer.files.length) {
-        $("file").files = event.dataTransfer.files;
-        $("file").dispatchEvent(new Event("change"));
-      }
-    });
-  }
-  $("file").addEventListener("change", () => ($("file-name").textContent = $("file").files[0]?.name ?? ""));
+  takesFile($("file"), $("file-name"));
   $("tune").addEventListener("submit", (event) => {
     event.preventDefault();
     train();
