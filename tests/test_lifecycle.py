@@ -230,6 +230,7 @@ class TestJobs:
         assert [p.step_number for p in points] == sorted((p.step_number for p in points), reverse=True)
         assert points[0].metrics.full_valid_loss > 0
         assert any("token ids are the same" in message for message in messages(up, job_id))
+        assert any(message.startswith("as served: ") for message in messages(up, job_id))
         assert [strict(j).id for j in up.sdk.fine_tuning.jobs.list(metadata={"who": "test"})] == [job_id]
 
     def test_base_and_tuned_in_one_batch_do_not_mix(self, up: Up) -> None:

@@ -215,6 +215,33 @@ class Redis:
         self.adapters.pop(name, None)
 
 
+class ScriptedEngine:
+    """Says how likely it finds a prompt's tokens, by model (the first letters of its name)."""
+
+    def __init__(self, logprobs: dict[str, float]) -> None:
+        api = FastAPI()
+
+        @api.post("/v1/completions")
+        async def complete(asked: dict[str, Any]) -> dict[str, Any]:
+            value = next(value for name, value in logprobs.items() if asked["model"].startswith(name))
+            said = [None, *({str(token): {"logprob": value, "rank": 1, "decoded_token": "x"}} for token in asked["prompt"][1:])]
+            return {"choices": [{"index": 0, "text": "", "prompt_logprobs": said}]}
+
+        port = free_ports(1)[0]
+        self.address = f"127.0.0.1:{port}"
+        self.server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="warning"))
+        self.thread = threading.Thread(target=self.server.run)
+
+    def __enter__(self) -> "ScriptedEngine":
+        self.thread.start()
+        wait_for(lambda: httpx.get(f"http://{self.address}/").status_code == 404, "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+
 class TestJob:
     @pytest.fixture(autouse=True)
     def scripted(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,6 +413,38 @@ class TestJob:
         assert found.error is not None
         assert (found.status, found.error["code"]) == ("failed", "tokens_differ")
         assert "training" not in service.messages(job)
+
+    def test_a_model_that_is_worse_as_served_is_taken_back(self, service: Service, start: Any, tmp_path: Path) -> None:
+        """The gate looked at the trainer's own model only (D5)."""
+        with ScriptedEngine({"m": -1.0, "ft": -1.5}) as engine:
+            job, run = start(suffix="mine")
+            publish.ready_workers(None, "")[0].address = engine.address  # type: ignore[arg-type]
+            (tmp_path / "runs" / job.id / "gate.json").write_text(json.dumps([{"tokens": [5, 6, 7], "learnt": [1, 2]}] * 3))
+            run.run()
+        found = service.find(job)
+        assert found.error is not None
+        assert (found.status, found.error["code"]) == ("failed", "worse_than_base")
+        assert "1.5000 nats a token, the base model 1.0000, on 3 rows" in found.error["message"]
+        assert self.redis.adapters == {}, "nobody is served it"
+
+    def test_better_as_served_is_said(self, service: Service, start: Any, tmp_path: Path) -> None:
+        with ScriptedEngine({"m": -2.0, "ft": -1.0}) as engine:
+            job, run = start()
+            publish.ready_workers(None, "")[0].address = engine.address  # type: ignore[arg-type]
+            (tmp_path / "runs" / job.id / "gate.json").write_text(json.dumps([{"tokens": [5, 6, 7], "learnt": [1, 2]}] * 30))
+            run.run()
+        assert service.find(job).status == "succeeded"
+        assert "as served: 1.0000 nats a token, the base model 2.0000, on 30 rows" in service.messages(job)
+
+    def test_another_model_than_the_trained_one_is_noticed(self, service: Service, start: Any, tmp_path: Path) -> None:
+        with ScriptedEngine({"m": -2.0, "ft": -1.5}) as engine:  # trained: 1.0
+            job, run = start()
+            publish.ready_workers(None, "")[0].address = engine.address  # type: ignore[arg-type]
+            (tmp_path / "runs" / job.id / "gate.json").write_text(json.dumps([{"tokens": [5, 6, 7], "learnt": [1, 2]}] * 30))
+            run.run()
+        found = service.find(job)
+        assert found.error is not None
+        assert found.error["code"] == "served_differently"
 
     def test_a_bug_ends_one_job(self, service: Service, start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         def bug(*_: Any) -> None:

@@ -2,17 +2,24 @@
 
     make finetune DATA=examples/owngpt-qa.jsonl HELDOUT=examples/owngpt-heldout.jsonl
 
-HELDOUT rows are {"question", "answer", "accept"}: an answer is right when it contains `accept`, in any case. Without
-HELDOUT the last row of every twenty is kept out of the training and asked at the end.
+HELDOUT rows are {"question", "answer", "accept"}: an answer is right when it contains `accept` as whole words, in any
+case. `"kind": "untaught"` rows ask what no row teaches: right is what is no taught answer. `"kind": "general"` rows ask
+what the base model may know: they show whether it got worse. Without HELDOUT the last row of every twenty is kept out
+of the training and asked at the end. Beside the model stands what a look for the most similar training question finds.
 """
 
+import contextlib
 import json
+import math
 import os
+import re
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import openai
 import typer
@@ -20,6 +27,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+Kind = Literal["taught", "untaught", "general"]
+KINDS: dict[Kind, str] = {
+    "taught": "taught, asked in other words",
+    "untaught": "never taught: not answered with something taught",
+    "general": "general questions",
+}
 console = Console(highlight=False)
 POLL_S = 0.5
 SHOWN = 8
@@ -34,10 +47,45 @@ class Heldout:
     question: str
     answer: str
     accept: str
+    kind: Kind = "taught"
 
-    def right(self, said: str) -> bool:
-        """Whether an answer counts as right."""
-        return self.accept.lower() in said.lower()
+    def right(self, said: str, taught: frozenset[str] = frozenset()) -> bool:
+        """Whether an answer counts as right. `taught`: the answers in the training file, for untaught questions."""
+        if self.kind == "untaught":
+            return not any(answer and answer in words(said) for answer in map(words, taught))
+        return f" {words(self.accept)} " in f" {words(said)} "
+
+
+def words(text: str) -> str:
+    """A text as its words, in lower case, with a blank between them."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def pairs(data: bytes) -> list[tuple[str, str]]:
+    """The (question, answer) of every row that has one of each."""
+    found = []
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):
+            row = json.loads(line)
+            if messages := row.get("messages"):
+                found.append((messages[-2]["content"], messages[-1]["content"]))
+            else:
+                found.append((row.get("question") or row["prompt"], row.get("answer") or row["completion"]))
+    return [(question, answer) for question, answer in found if isinstance(question, str) and isinstance(answer, str)]
+
+
+def retrieve(question: str, known: Sequence[tuple[str, str]]) -> str:
+    """The answer to the training question that shares most with this one, rare words counting more (TF-IDF, cosine)."""
+    texts = [Counter(words(one).split()) for one, _ in known]
+    seen = Counter(word for text in texts for word in text)
+    rare = {word: math.log((1 + len(texts)) / (1 + count)) + 1 for word, count in seen.items()}
+    asked = Counter(words(question).split())
+
+    def likeness(text: Counter[str]) -> float:
+        norm = math.sqrt(sum((count * rare[word]) ** 2 for word, count in text.items())) or 1.0
+        return sum(count * asked[word] * rare[word] ** 2 for word, count in text.items()) / norm
+
+    return max(zip(texts, known, strict=True), key=lambda pair: likeness(pair[0]))[1][1] if known else ""
 
 
 def read_heldout(path: Path) -> list[Heldout]:
@@ -47,10 +95,15 @@ def read_heldout(path: Path) -> list[Heldout]:
         if line.strip():
             try:
                 row = json.loads(line)
-                found.append(Heldout(row["question"], row["answer"], row.get("accept") or row["answer"]))
+                kind = row.get("kind", "taught")
+                if kind not in KINDS:
+                    raise ValueError(f"kind is {kind!r}; it can be {', '.join(KINDS)}")
+                answer = row.get("answer", "") if kind == "untaught" else row["answer"]
+                found.append(Heldout(row["question"], answer, row.get("accept") or answer, kind))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path}, line {number}: a row is {{question, answer, accept}} ({type(error).__name__}: {error})"
+                    f"{path}, line {number}: a row is {{question, answer, accept, kind}} "
+                    f"({type(error).__name__}: {error})"
                 ) from error
     return found
 
@@ -116,14 +169,30 @@ def watch(client: openai.OpenAI, job_id: str) -> Any:
             time.sleep(POLL_S)
 
 
-def compare(before: list[str], after: list[str], held: list[Heldout]) -> tuple[int, int]:
-    """Show what changed. Returns how many answers were right (before, after)."""
+def score(held: Sequence[Heldout], said: Sequence[str], data: bytes) -> dict[Kind, float]:
+    """The share of right answers of each kind."""
+    taught = frozenset(answer for _, answer in pairs(data))
+    found: dict[Kind, list[bool]] = {}
+    for row, text in zip(held, said, strict=True):
+        found.setdefault(row.kind, []).append(row.right(text, taught))
+    return {kind: sum(right) / len(right) for kind, right in found.items()}
+
+
+def compare(before: list[str], after: list[str], held: list[Heldout], data: bytes) -> None:
+    """Show what changed, a few answers and the shares of right ones."""
     table = Table("question", "before", "after", title="questions that were not trained on", show_lines=True)
     for row, old, new in list(zip(held, before, after, strict=True))[:SHOWN]:
         mark = [f"[{'green' if row.right(text) else 'red'}]{text[:160]}[/]" for text in (old, new)]
         table.add_row(row.question, *mark)
     console.print(table)
-    return sum(map(Heldout.right, held, before)), sum(map(Heldout.right, held, after))
+    known = pairs(data)
+    found = {"before": before, "after": after, "most similar row": [retrieve(row.question, known) for row in held]}
+    shares = {who: score(held, said, data) for who, said in found.items()}
+    table = Table("share of right answers", "rows", *shares)
+    for kind, what in KINDS.items():
+        if count := sum(row.kind == kind for row in held):
+            table.add_row(what, str(count), *(f"{share[kind]:.0%}" for share in shares.values()))
+    console.print(table)
 
 
 def finetune(client: openai.OpenAI, data: Path, heldout: Path | None, suffix: str | None, epochs: Any) -> str:
@@ -144,8 +213,7 @@ def finetune(client: openai.OpenAI, data: Path, heldout: Path | None, suffix: st
         raise SystemExit(f"finetune: the job has {job.status}: {job.error.message if job.error else ''}")
     after = ask(client, job.fine_tuned_model, held, f"asking {job.fine_tuned_model}")
     if held:
-        old, new = compare(before, after, held)
-        console.print(f"right: {old} of {len(held)} before, [bold]{new} of {len(held)}[/] after")
+        compare(before, after, held, content)
     console.print(f'\nUse it as any model:  "model": "{job.fine_tuned_model}"\n', markup=False)
     return str(job.fine_tuned_model)
 
@@ -156,7 +224,7 @@ def main(
         Path, typer.Argument(help="JSONL: messages, prompt/completion or question/answer.", exists=True, dir_okay=False)
     ],
     heldout: Annotated[
-        Path | None, typer.Option(help="JSONL of {question, answer, accept}.", exists=True, dir_okay=False)
+        Path | None, typer.Option(help="JSONL of {question, answer, accept, kind}.", exists=True, dir_okay=False)
     ] = None,
     suffix: Annotated[str, typer.Option(help="A part of the new model's name.")] = "",
     epochs: Annotated[str, typer.Option(help="How often each row is read: a number or auto.")] = "auto",

@@ -90,6 +90,8 @@ class Folder:
         self.lock = root / "lock"
         self.prompts = root / "prompts.json"
         """Prompts as trained, to be compared with the server's."""
+        self.gate = root / "gate.json"
+        """Validation rows for the comparison of the served models."""
         self.compared = root / "compared"
         """Exists once they were, and were the same."""
         self.published = root / "published"

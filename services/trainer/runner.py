@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from common.adapters import Adapter, model_name
 from common.files import File, new_id, pieces, sync_folder, write_whole
 from common.tuning import invalid_file, problem_events
-from services.trainer import metrics, publish
+from services.trainer import gate, metrics, publish
 from services.trainer.jobs import LeaseLost, Work
 from services.trainer.plan import DATA_AT_FAULT, PAUSED, Folder, Plan
 from services.trainer.process import Run
@@ -55,7 +55,7 @@ class Runner:
                 publish.check_loss(result)
                 losses = f"validation loss {result['valid_loss']:.4f}, the base model's {result['base_valid_loss']:.4f}"
                 self._work.say(losses)
-                self._patiently(lambda: self._publish(int(result["trained_tokens"])))
+                self._patiently(lambda: self._publish(result))
         except publish.Refused as refused:
             self._withdraw()
             self._end("failed", error={"code": refused.code, "param": None, "message": str(refused)})
@@ -205,8 +205,8 @@ class Runner:
             self._stopping.wait(AGAIN_S)
             self._still()
 
-    def _publish(self, trained_tokens: int) -> None:
-        """To the workers; then the job has succeeded. A wish that comes in between undoes it."""
+    def _publish(self, result: dict[str, float]) -> None:
+        """To the workers, and compared there; then the job has succeeded. Whatever comes in between undoes it."""
         job, settings = self._job, self._settings
         self._compare(publish.await_worker(self._redis, job.model, self._still).address)
         digest = publish.place(self._folder.adapter, settings.adapters_dir / job.id)
@@ -216,10 +216,21 @@ class Runner:
         sync_folder(self._folder.root)
         publish.register(self._redis, adapter)
         have = publish.wait_until_served(self._redis, adapter, self._still)
+        self._compare_served(adapter.name, result["valid_loss"])
         self._work.say(f"{adapter.name} is served by {have} worker{'s' if have > 1 else ''}")
         file = self._results_file()
-        if not self._end("succeeded", model=adapter.name, tokens=trained_tokens, file=file):
+        if not self._end("succeeded", model=adapter.name, tokens=int(result["trained_tokens"]), file=file):
             raise Wished
+
+    def _compare_served(self, name: str, valid_loss: float) -> None:
+        """The tuned model against its base, as workers serve them. Raises Refused, HTTPError."""
+        rows = json.loads(self._folder.gate.read_text()) if self._folder.gate.exists() else []  # an older release's run
+        if rows:
+            address = publish.await_worker(self._redis, name, self._still).address
+            token = self._settings.worker_token
+            verdict = gate.check_served(rows, address, self._job.model, name, token, self._still)
+            gate.check_same(verdict, valid_loss)
+            self._work.say(str(verdict))
 
     def _results_file(self) -> File:
         """The run's figures, for the Files API."""

@@ -1,0 +1,94 @@
+"""The last gate: the tuned model as workers serve it, against its base, on rows that it was not trained on.
+
+What a run measures is the trainer's own model, and the best of several looks at these rows. Here vLLM says how likely
+it finds the answers (`prompt_logprobs`), with and without the adapter: what the users will get.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import httpx
+
+from services.trainer.publish import Refused
+
+ROWS = 32
+"""Compared at most: each is two prefills on a worker that also answers people."""
+TOLERANCE_NATS = 0.1
+"""By how much the served loss may differ from the trained one, with a tenth of it: bf16 and other kernels."""
+ENOUGH_ROWS = 20
+TIMEOUT_S = 120.0
+
+
+class Row(TypedDict):
+    """A validation row: its tokens, and which of them are learnt (indices)."""
+
+    tokens: list[int]
+    learnt: list[int]
+
+
+class Verdict(NamedTuple):
+    """Mean nats per learnt token, tuned and base; the standard error of their difference; how many rows."""
+
+    tuned: float
+    base: float
+    error: float
+    rows: int
+
+    def __str__(self) -> str:
+        text = f"as served: {self.tuned:.4f} nats a token, the base model {self.base:.4f}, on {self.rows} rows"
+        if self.rows < ENOUGH_ROWS or self.base - self.tuned < 2 * self.error:
+            text += f" (± {self.error:.4f}: too few or too uneven to mean much; {ENOUGH_ROWS} and more are better)"
+        return text
+
+
+def check_served(
+    rows: Sequence[Row], address: str, base: str, tuned: str, token: str, still: Callable[[], None]
+) -> Verdict:
+    """Ask a worker about every row, with both models. `still()` is called before each.
+
+    Raises Refused when the tuned model is worse than its base, httpx.HTTPError when the worker does not answer.
+    """
+    losses: dict[str, list[float]] = {base: [], tuned: []}
+    with httpx.Client(
+        base_url=f"http://{address}", headers={"authorization": f"Bearer {token}"}, timeout=TIMEOUT_S
+    ) as http:
+        for row in rows:
+            for model, found in losses.items():
+                still()
+                found.append(_loss(http, model, row))
+    verdict = judge([len(row["learnt"]) for row in rows], losses[tuned], losses[base])
+    if not verdict.tuned <= verdict.base:  # also a NaN
+        raise Refused("worse_than_base", f"The tuned model is worse than its base {verdict}. It is not published.")
+    return verdict
+
+
+def check_same(verdict: Verdict, trained: float) -> None:
+    """What is served is what was trained. `trained`: the run's loss on all validation rows. Raises Refused."""
+    if verdict.rows >= ENOUGH_ROWS and abs(verdict.tuned - trained) > TOLERANCE_NATS + trained / 10 + 4 * verdict.error:
+        raise Refused(
+            "served_differently",
+            f"Workers do not serve what was trained: the validation loss was {trained:.4f}; {verdict}. The adapter or "
+            "the base model of the workers is another one than the trainer's.",
+        )
+
+
+def judge(tokens: Sequence[int], tuned: Sequence[float], base: Sequence[float]) -> Verdict:
+    """Sums of nats per row to means per token; the error of the difference is a ratio estimate's over rows."""
+    total, count = sum(tokens), len(tokens)
+    means = sum(tuned) / total, sum(base) / total
+    gap = means[1] - means[0]
+    spread = [b - t - gap * n for t, b, n in zip(tuned, base, tokens, strict=True)]
+    error = statistics.stdev(spread) * math.sqrt(count) / total if count > 1 else math.inf
+    return Verdict(*means, error, count)
+
+
+def _loss(http: httpx.Client, model: str, row: Row) -> float:
+    """Nats of a row's learnt tokens."""
+    asked = {"model": model, "prompt": row["tokens"], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    answer = http.post("/v1/completions", json=asked)
+    if 400 <= answer.status_code < 500:
+        raise Refused("not_compared", f"The worker refuses a validation row: {answer.text[:300]}")
+    said: list[dict[str, Any] | None] = answer.raise_for_status().json()["choices"][0]["prompt_logprobs"]
+    return -sum(float((said[at] or {})[str(row["tokens"][at])]["logprob"]) for at in row["learnt"])
