@@ -37,7 +37,7 @@ from services.local.configs import find_nginx
 from services.local.plan import ROOT
 from tests.harness import Stack, free_ports, running, wait_for
 from tests.test_decision import Bench
-from tests.up import MODEL, Up
+from tests.up import MODEL, Up, started
 
 BOUNDS = {
     "stream_cpu_vs_nginx_64": "<= 1.05",
@@ -361,18 +361,8 @@ def ttfb() -> Figures:
 @contextlib.contextmanager
 def real_stack(workers: int, **dials: str) -> Iterator[Up]:
     """`make up` with real vLLM; `dials` are its environment variables."""
-    with workshop() as folder:
-        state = folder / "state"
-        state.mkdir()
-        if (ROOT / ".state/models").exists():
-            (state / "models").symlink_to(ROOT / ".state/models")
-        print(f"starting {workers} real worker(s)", flush=True)
-        up = Up(state, workers, **dials)
-        try:
-            yield up
-        finally:
-            up.launcher.send_signal(signal.SIGINT)
-            up.launcher.wait(60)
+    with workshop() as folder, started(folder, workers, **dials) as up:
+        yield up
 
 
 def tokens() -> Figures:

@@ -24,23 +24,15 @@ import pytest
 from bench import fuzz, kv
 from services.local.plan import ROOT
 from tests.harness import free_ports, wait_for
-from tests.up import MODEL, Up, launch
+from tests.up import MODEL, Up, launch, started
 
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Two real workers, from an empty state folder (the bundled model may be linked from an earlier start)."""
-    state = tmp_path_factory.mktemp("embedded") / "state"
-    state.mkdir()
-    kept = ROOT / ".state/models"
-    if kept.exists():
-        (state / "models").symlink_to(kept)
-    print("\nstarting two real workers (about a minute)", flush=True)
-    stack = Up(state, 2, CXX="/no/compiler")  # nothing may compile in front of a client; the containers have no compiler
-    yield stack
-    stack.launcher.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        stack.launcher.wait(60)
+    # Nothing may compile in front of a client; the containers have no compiler.
+    with started(tmp_path_factory.mktemp("embedded"), 2, CXX="/no/compiler") as up:
+        yield up
 
 
 def test_first_screen_pastes(up: Up) -> None:

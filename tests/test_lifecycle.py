@@ -28,7 +28,7 @@ from pydantic import BaseModel
 from common.auth import HOUSE
 from services.local.plan import ROOT
 from tests.harness import wait_for
-from tests.up import MODEL, Up
+from tests.up import MODEL, Up, started
 
 ROWS = [json.loads(line) for line in (ROOT / "examples/owngpt-qa.jsonl").read_text().splitlines()]
 PATIENCE_S = 400
@@ -37,17 +37,8 @@ Thing = TypeVar("Thing", bound=BaseModel)
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    state = tmp_path_factory.mktemp("lifecycle") / "state"
-    state.mkdir()
-    kept = ROOT / ".state/models"
-    if kept.exists():
-        (state / "models").symlink_to(kept)
-    print("\nstarting two real workers (about a minute)", flush=True)
-    stack = Up(state, 2)
-    yield stack
-    stack.launcher.send_signal(signal.SIGINT)
-    with contextlib.suppress(Exception):
-        stack.launcher.wait(60)
+    with started(tmp_path_factory.mktemp("lifecycle"), 2) as up:
+        yield up
 
 
 def jsonl(rows: list) -> bytes:

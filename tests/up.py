@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 import xmlrpc.client
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -26,6 +28,23 @@ def launch(state: Path, port: int, **dials: str) -> subprocess.Popen[str]:
     env = os.environ | {"STATE_DIR": str(state), "PORT": str(port), "PYTHONPATH": str(ROOT)} | dials
     return subprocess.Popen([sys.executable, "-m", "services.local", "up"], cwd=ROOT, env=env, text=True,
                             stdout=open(state.parent / f"up-{port}.log", "w"), stderr=subprocess.STDOUT)
+
+
+@contextlib.contextmanager
+def started(folder: Path, workers: int, **dials: str) -> "Iterator[Up]":
+    """A `make up` from an empty state in `folder`; a bundled model that an earlier start has unpacked is not unpacked again."""
+    state, kept = folder / "state", ROOT / ".state/models"
+    state.mkdir()
+    if kept.exists():
+        (state / "models").symlink_to(kept)
+    print(f"\nstarting {workers} real worker(s), about a minute", flush=True)
+    up = Up(state, workers, **dials)
+    try:
+        yield up
+    finally:
+        up.launcher.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            up.launcher.wait(60)
 
 
 class Up:

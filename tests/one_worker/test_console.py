@@ -6,8 +6,6 @@ Screenshots are kept in CONSOLE_SHOTS (default: .state/console).
 import json
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,23 +16,11 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from services.local.plan import ROOT, Dials
+from tests.one_worker.conftest import CHROMIUM, needs_chromium
 from tests.up import MODEL, Up
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH (Debian: chromium)")
+pytestmark = needs_chromium
 SHOTS = Path(os.environ.get("CONSOLE_SHOTS") or ROOT / ".state/console")
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    state = tmp_path_factory.mktemp("console") / "state"
-    state.mkdir()
-    if (ROOT / ".state/models").exists():
-        (state / "models").symlink_to(ROOT / ".state/models")
-    up = Up(state, workers=1, HOURLY_USD="1.5", BUDGET_USD="5000")
-    yield up
-    up.launcher.send_signal(signal.SIGINT)
-    up.launcher.wait(60)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Tests that share one running `make up` with one real worker."""
