@@ -14,6 +14,11 @@ from services.jobs.files import UPLOADS, page
 from services.jobs.tuning import CreateJob
 
 MULTIPART_OVERHEAD_BYTES = 64 * 1024
+FORM = {"required": True, "content": {"multipart/form-data": {"schema": {
+    "type": "object", "required": ["file", "purpose"], "properties": {
+        "file": {"type": "string", "contentMediaType": "application/octet-stream"},
+        "purpose": {"type": "string", "enum": list(UPLOADS)}}}}}}
+"""An upload, as the OpenAPI document says it."""
 
 
 After = Annotated[str | None, Query()]
@@ -30,10 +35,7 @@ def add_routes(api: FastAPI) -> None:
 def add_files(api: FastAPI) -> None:
     """/v1/files."""
 
-    @api.post("/v1/files", openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {
-        "schema": {"type": "object", "required": ["file", "purpose"], "properties": {
-            "file": {"type": "string", "contentMediaType": "application/octet-stream"},
-            "purpose": {"type": "string", "enum": list(UPLOADS)}}}}}}})
+    @api.post("/v1/files", openapi_extra={"requestBody": FORM})
     async def upload(request: Request, who: Owner) -> dict[str, object]:
         """A multipart form: `file` and `purpose`."""
         length = request.headers.get("content-length", "")

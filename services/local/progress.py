@@ -1,8 +1,8 @@
 """Runs one step of the installation quietly: progress.py LOG LABEL PACKAGES COMMAND…
 
-pip's lines go to LOG. On a terminal a bar shows how far it is (of so many packages) and how long it has taken; elsewhere
-one line is written at the end. A command that fails shows the end of its log. Nothing but the standard library: this runs
-before anything is installed.
+pip's lines go to LOG. On a terminal a bar shows how far it is (of so many packages) and how long it has taken;
+elsewhere one line is written at the end. A command that fails shows the end of its log. Nothing but the standard
+library: this runs before anything is installed.
 """
 
 import subprocess
@@ -22,7 +22,8 @@ def share(log: Path, start: int, packages: int) -> float:
         file.seek(start)
         lines = file.read().splitlines()
     named = sum(line.startswith(FOUND) for line in lines)
-    return min(0.99, 0.7 * min(1.0, named / packages) + 0.25 * any(line.startswith("Installing collected") for line in lines))
+    installing = any(line.startswith("Installing collected") for line in lines)
+    return 0.7 * min(1.0, named / packages) + 0.25 * installing
 
 
 def shown(seconds: float) -> str:
@@ -44,7 +45,7 @@ def main(log: Path, label: str, packages: int, command: list[str]) -> int:
         drawing = threading.Thread(target=draw, daemon=True)
         if sys.stdout.isatty():
             drawing.start()
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode  # noqa: S603 - ours
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
         over.set()
         if drawing.is_alive():
             drawing.join()

@@ -2,7 +2,7 @@
 
 import { call, json } from "./api.js";
 import { t } from "./i18n.js";
-import { $, bar, fill, make, takesFile, whileShown } from "./page.js";
+import { $, fill, make, takesFile, whileShown } from "./page.js";
 
 const OVER = new Set(["completed", "failed", "expired", "cancelled"]);
 let stop = null, listed = "";
@@ -71,7 +71,7 @@ function list(batches) {
     if (batch.output_file_id) buttons.append(button("results", () => act(() => save(batch.output_file_id, `${batch.id}.jsonl`))));
     if (batch.error_file_id) buttons.append(button("mistakes", () => act(() => save(batch.error_file_id, `${batch.id}.errors.jsonl`))));
     const problems = batch.errors?.data?.map((problem) => make("div", { className: "error" }, `${problem.line ?? ""} ${problem.message}`)) ?? [];
-    return [make("span", t(batch.status), ...problems.slice(0, 5)), total ? make("span", bar((completed + failed) / total), ` ${completed + failed}/${total}`) : "–",
+    return [make("span", t(batch.status), ...problems.slice(0, 5)), total ? make("span", make("progress", { value: completed + failed, max: total }), ` ${completed + failed}/${total}`) : "–",
       String(failed), new Date(batch.created_at * 1000).toLocaleString(), buttons];
   }), t("no batches"));
 }
