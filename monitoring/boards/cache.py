@@ -48,6 +48,8 @@ BOARD = Board(
         "Redis": (
             Panel("Memory", "timeseries", "bytes", "The cache is meant to be full; the state never evicts.",
                   (("redis_memory_used_bytes", "{{instance}}"), ("redis_memory_max_bytes > 0", "limit of {{instance}}"))),
+            Panel("Memory by kind of key", "timeseries", "bytes", "By the first word of a key's name; docs/redis.md has them all.",
+                  q("sum by (instance, key_group) (redis_key_group_memory_usage_bytes)", "{{key_group}}, {{instance}}"), stacked=True),
             Panel("Commands", "timeseries", "ops", "Per second.",
                   q("sum by (instance) (rate(redis_commands_processed_total[$__rate_interval]))", "{{instance}}")),
             Panel("Mean time of a command", "timeseries", "s", "A slow one holds up all others.",

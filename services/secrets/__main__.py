@@ -38,8 +38,8 @@ resetchannels &workers &keys &aliases -@all +ping +hello +multi +exec +discard +
 user ledger on #{ledger} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~used:* ~ledger:* \
 resetchannels &workers &keys -@all +ping +hello +get +del +mget +scan +exists +smembers +hgetall +xread +xinfo|stream \
 +subscribe +unsubscribe
-user monitor on #{monitor} resetkeys resetchannels -@all +ping +hello +info +config|get +slowlog|len +slowlog|get \
-+latency|latest +latency|histogram +client|list +client|setname
+user monitor on #{monitor} resetkeys %R~* resetchannels -@all +ping +hello +info +config|get +slowlog|len +slowlog|get \
++latency|latest +latency|histogram +client|list +client|setname +select +scan +eval +evalsha +memory|usage
 user trainer on #{trainer} resetkeys %R~worker:* %R~workers ~adapters resetchannels -@all +ping +hello +mget +smembers \
 +hget +hvals +hsetnx +hdel
 """
@@ -58,8 +58,8 @@ CACHE_ACL = """\
 user default off resetpass resetkeys resetchannels -@all
 user health on nopass resetkeys resetchannels -@all +ping
 user gateway on #{gateway} resetkeys ~answer:* resetchannels -@all +ping +hello +get +mget +set +del
-user monitor on #{monitor} resetkeys resetchannels -@all +ping +hello +info +config|get +slowlog|len +slowlog|get \
-+latency|latest +latency|histogram +client|list +client|setname
+user monitor on #{monitor} resetkeys %R~* resetchannels -@all +ping +hello +info +config|get +slowlog|len +slowlog|get \
++latency|latest +latency|histogram +client|list +client|setname +select +scan +eval +evalsha +memory|usage
 user worker on #{worker} resetkeys ~kv:* ~kvseen:* %W~answer:* resetchannels -@all +ping +hello +strlen +getex \
 +set +expire +info
 """
