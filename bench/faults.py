@@ -24,8 +24,11 @@ from hypothesis.stateful import run_state_machine_as_test
 from loguru import logger
 
 from bench import fuzz as fuzzing
+from bench.features import first_and_second
+from bench.lifecycle import DATA
 from bench.stack import Figures, real_stack, workshop
 from services.jobs.checks import run_check
+from tests.containers import composed
 from tests.harness import Stack, body, running, wait_for
 from tests.life_cycle import STEPS, BatchLife, JobLife, profile
 from tests.up import MODEL
@@ -41,6 +44,8 @@ BOUNDS = {
     "slow_reader_added_s": "<= 0.1",
     "jobs_peak_mb": "<= 400",
     "first_logprobs_ratio": "<= 2",
+    "feature_deaths": "0",
+    "feature_first_ratio": "<= 5",
     "fuzz_cases": ">= 20000",
     "fuzz_5xx": "0",
     "fuzz_authz": "0",
@@ -313,7 +318,27 @@ def fuzz() -> Figures:
         return {"fuzz_cases": float(found.cases), "fuzz_5xx": float(len(found.server_errors)), "fuzz_authz": float(len(found.holes))}
 
 
+def container() -> Figures:
+    """Every feature, asked twice of a fresh container without a compiler; an adapter that is trained there among them."""
+    with composed() as sdk:
+        rows = b"".join(DATA.read_bytes().splitlines(keepends=True)[:20])
+        file = sdk.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
+        job = sdk.fine_tuning.jobs.create(model=MODEL, training_file=file.id, suffix="boxed", hyperparameters={"n_epochs": 1})
+        wait_for(lambda: sdk.fine_tuning.jobs.retrieve(job.id).status in ("succeeded", "failed"), "the job's end", 400)
+        before, deaths = worker_of(sdk), 0
+        took = first_and_second(sdk, MODEL, sdk.fine_tuning.jobs.retrieve(job.id).fine_tuned_model or "")
+        deaths += worker_of(sdk) != before
+        return {"feature_deaths": float(deaths), "feature_first_ratio": max(first / second for first, second in took.values())}
+
+
+def worker_of(sdk: openai.OpenAI) -> str:
+    """The life of the worker that answers."""
+    raw = sdk.completions.with_raw_response.create(model=MODEL, prompt="x", max_tokens=1)
+    return raw.headers["x-owngpt-worker"]
+
+
 GROUPS = {
     "lifecycle": lifecycle, "redis_full": redis_full, "redis_slow": redis_slow, "slow_reader": slow_reader, "batch": batch,
     "jobs_peak": jobs_peak, "first_logprobs": first_logprobs, "fuzz": fuzz,
+    "container": container,
 }

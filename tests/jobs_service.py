@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import glob
-import io
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from services.jobs.front_door import Answer
 from services.jobs.leases import Leases
 from services.jobs.means import Means
 from services.jobs.metrics import JobsMetrics
+from services.jobs.upload import Incoming
 from tests.harness import Stack, free_ports, wait_for
 
 CHAT = "/v1/chat/completions"
@@ -100,13 +100,18 @@ def redis_of(stack: Stack, user: str = "jobs") -> Redis:
     return Redis.from_url(stack.dials.redis_url, username=user, password=password, decode_responses=True)
 
 
+def incoming(files: Files, data: bytes) -> Incoming:
+    """An upload that has come whole."""
+    found = Incoming(files.folder)
+    found.write(data)
+    return found
+
+
 class Service:
     """The batches of one jobs process."""
 
     def __init__(self, database: Database, folder: Path, redis: Redis, door: Door, room: int = 4, max_waiting: int = 100) -> None:
-        before = tempfile.tempdir
         self.database, self.files = database, Files(database, folder, 10_000_000, 1000)
-        tempfile.tempdir = before
         self.means = Means(database, self.files, redis, door, lambda: {"m"}, lambda n: n < room,
                            JobsMetrics(CollectorRegistry()))
         self.leases = Leases(database, tables.batches, UNFINISHED)
@@ -115,7 +120,7 @@ class Service:
     async def upload(self, lines: int, owner: str = "owner") -> str:
         rows = [{"custom_id": f"c{i}", "method": "POST", "url": CHAT, "body": {"model": "m", "messages": []}} for i in range(lines)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        return (await self.files.add(io.BytesIO(text.encode()), "in.jsonl", "batch", owner)).id
+        return (await self.files.add(incoming(self.files, text.encode()), "in.jsonl", "batch", owner)).id
 
     async def create(self, file_id: str, owner: str = "owner") -> Batch:
         asked = CreateBatch(input_file_id=file_id, endpoint=CHAT, completion_window="24h")

@@ -7,7 +7,6 @@ hundred steps, `make bench-faults` twenty thousand.
 import asyncio
 import collections
 import contextlib
-import io
 import shutil
 import tempfile
 from collections.abc import Callable, Coroutine, Iterable
@@ -32,7 +31,7 @@ from services.jobs.leases import LEASE_S
 from services.jobs.trainers import Trainers
 from services.jobs.tuning import CreateJob, Tuning
 from tests.harness import Stack
-from tests.jobs_service import GOOD, Dead, Door, Mortal, Service, database, redis_of
+from tests.jobs_service import GOOD, Dead, Door, Mortal, Service, database, incoming, redis_of
 
 PICK = st.integers(0, 9)
 
@@ -299,7 +298,7 @@ class JobLife(Life):
 
     @initialize()
     def upload(self) -> None:
-        self.file = self.do(self.files.add(io.BytesIO(b"{}\n"), "t.jsonl", "fine-tune", "owner")).id
+        self.file = self.do(self.files.add(incoming(self.files, b"{}\n"), "t.jsonl", "fine-tune", "owner")).id
 
     @rule(good=st.booleans())
     def create(self, good: bool) -> None:

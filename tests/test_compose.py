@@ -10,33 +10,12 @@ import httpx
 import openai
 import pytest
 
+from bench.features import first_and_second
 from services.local.plan import ROOT
 from tests import alloy
-from tests.harness import free_ports, wait_for
-
-MODEL = "smollm2-135m-instruct"
-PORT = free_ports(1)[0]
-ENV = os.environ | {"PORT": str(PORT), "BACKEND_PREFIX": "172.31.241", "COMPOSE_PROJECT_NAME": "owngpt-test",
-                    "ALERT_WEBHOOK_URL": "http://ledger:8000/alerts?a=1&b=|x'y"}
-BASE = f"http://127.0.0.1:{PORT}"
-
-
-def docker(*args: str, timeout_s: float = 900, check: bool = True) -> str:
-    done = subprocess.run(["docker", *args], cwd=ROOT, env=ENV, capture_output=True, text=True,
-                          timeout=timeout_s, check=False)
-    if check and done.returncode:
-        raise AssertionError(f"docker {' '.join(args)}: {done.stderr[-3000:]}")
-    return done.stdout
-
-
-def no_engine() -> str:
-    """Why containers cannot run here, or nothing."""
-    try:
-        done = subprocess.run(["docker", "info"], capture_output=True, text=True, timeout=20, check=False)
-    except OSError:
-        return "there is no docker command"
-    return "" if done.returncode == 0 else "no Docker engine answers (docker info)"
-
+from tests.containers import BASE, ENV, composed, docker, no_engine
+from tests.harness import wait_for
+from tests.up import MODEL
 
 needs_engine = pytest.mark.skipif(bool(no_engine()), reason=no_engine() or "never")
 
@@ -114,17 +93,9 @@ def test_cuda_is_one_variable_and_pinned() -> None:
 
 @pytest.fixture(scope="module")
 def containers() -> Iterator[openai.OpenAI]:
-    """The stack, built and up; an SDK client with a fresh key. Volumes are removed afterwards."""
-    print("\nbuilding the images (a few minutes the first time)", flush=True)
-    docker("compose", "build", timeout_s=1800)
-    print("starting the containers", flush=True)
-    try:
-        docker("compose", "up", "-d", "--wait")
-        key = docker("compose", "exec", "-T", "gateway", "python", "-m", "gateway.keys", "create", "test").strip()
-        yield openai.OpenAI(base_url=BASE + "/v1", api_key=key, timeout=120, max_retries=0)
-    finally:
-        print("\n" + docker("compose", "ps", "-a", check=False), flush=True)
-        docker("compose", "--profile", "monitoring", "down", "-v", "--timeout", "20", check=False)
+    """The stack, built and up; an SDK client with a fresh key."""
+    with composed() as sdk:
+        yield sdk
 
 
 def ask(sdk: openai.OpenAI) -> str:
@@ -149,13 +120,13 @@ def test_it_answers(containers: openai.OpenAI) -> None:
 
 
 @needs_engine
-def test_logprobs_need_no_compiler(containers: openai.OpenAI) -> None:
+def test_no_feature_needs_a_compiler_or_makes_a_client_wait_for_one(containers: openai.OpenAI) -> None:
+    """One request with logprobs ended the engine for good (B16)."""
     assert docker("compose", "exec", "-T", "worker", "sh", "-c", "command -v g++ c++ clang++ || echo none").strip() == "none"
     before = ask(containers)
-    answer = containers.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": "Say hi"}], max_tokens=4, logprobs=True, top_logprobs=2)
-    assert answer.choices[0].logprobs.content
+    took = first_and_second(containers, MODEL)
     assert ask(containers) == before, "the same engine"
+    assert max(first - second for first, second in took.values()) < 5, took  # compiling takes 10 and more
 
 
 @needs_engine

@@ -1,7 +1,6 @@
 """The jobs service's database: SQLite and a real Postgres, its migrations, and the state that older releases left in redis."""
 
 import asyncio
-import io
 import json
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ from services.jobs.front_door import Answer
 from services.jobs.trainers import Trainers
 from services.jobs.tuning import CreateJob, Tuning
 from tests.harness import Cache, Stack, running
-from tests.jobs_service import CHAT, GOOD, Door, Service, database, find_postgres, postgres, redis_of
+from tests.jobs_service import CHAT, GOOD, Door, Service, database, find_postgres, incoming, postgres, redis_of
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +371,7 @@ def test_a_batch_whose_model_is_away_takes_no_place_from_another(kept: Database,
         away = await service.create(await service.upload(20))
         await asyncio.sleep(0.3)
         rows = [{"custom_id": f"c{i}", "method": "POST", "url": CHAT, "body": {"model": "here"}} for i in range(20)]
-        file = await service.files.add(io.BytesIO("".join(json.dumps(r) + "\n" for r in rows).encode()), "b", "batch", "owner")
+        file = await service.files.add(incoming(service.files, "".join(json.dumps(r) + "\n" for r in rows).encode()), "b", "batch", "owner")
         assert (await service.over((await service.create(file.id)).id, 5)).completed == 20
         assert (await service.batches.get(away.id, "owner")).completed == 0
         assert service.means.in_flight <= 4

@@ -6,20 +6,20 @@ https://platform.openai.com/docs/api-reference/files
 import asyncio
 import contextlib
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from sqlalchemy import Connection, delete, func, or_, select
 
 from common import errors
 from common.database import Database
-from common.files import File, Purpose, is_id, new_id, pieces, write_whole
+from common.files import File, Purpose, is_id
 from common.tuning import FINISHED
 from services.jobs import tables
 from services.jobs.batch import OVER
+from services.jobs.upload import Incoming
 
 UPLOADS: tuple[Purpose, ...] = ("fine-tune", "batch")
 ORPHAN_S = 3600.0
@@ -37,7 +37,6 @@ class Files:
         self._max_bytes, self._max_per_key = max_bytes, max_per_key
         self._max_stored_bytes, self._min_free_bytes = max_stored_bytes, min_free_bytes
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.tempdir = str(folder)  # where a large upload waits: the same volume, not a small /tmp
 
     def path(self, file: File) -> Path:
         """Where the bytes are."""
@@ -48,17 +47,17 @@ class Files:
         if size_bytes > self._max_bytes:
             raise too_large(self._max_bytes)
         free = (await asyncio.to_thread(shutil.disk_usage, self.folder)).free
-        if free - 2 * size_bytes < self._min_free_bytes:  # it waits beside its copy for a moment
+        if free - size_bytes < self._min_free_bytes:
             raise errors.Unavailable(
                 f"The disk of the files has {free} bytes free, and {self._min_free_bytes} stay free (MIN_FREE_BYTES).",
                 code="disk_full",
             )
         await self._database.run(lambda c: self._within_limits(c, owner, size_bytes))
 
-    async def add(self, source: BinaryIO, filename: str, purpose: Purpose, owner: str) -> File:
+    async def add(self, incoming: Incoming, filename: str, purpose: Purpose, owner: str) -> File:
         """Keep a file. Raises InvalidRequest when it is empty or the owner has too many, BodyTooLarge, OSError."""
-        file = File(new_id("file"), owner, clean_name(filename), purpose, 0, int(time.time()))
-        file.bytes = await asyncio.to_thread(write_whole, pieces(source), self.path(file))
+        file = File(incoming.id, owner, clean_name(filename), purpose, incoming.bytes, int(time.time()))
+        await asyncio.to_thread(incoming.keep)
 
         def keep(c: Connection) -> None:
             self._within_limits(c, owner, file.bytes)
@@ -71,7 +70,7 @@ class Files:
                 raise too_large(self._max_bytes)
             await self._database.run(keep)
         except errors.ApiError:
-            self.path(file).unlink()
+            await asyncio.to_thread(self.path(file).unlink)
             raise
         return file
 

@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.responses import FileResponse
-from starlette.datastructures import UploadFile
 
 from common import errors
 from common.serving import Owner
@@ -12,6 +11,7 @@ from services.jobs.aliases import NAME, PutAlias, public
 from services.jobs.batch import CreateBatch
 from services.jobs.files import UPLOADS, page
 from services.jobs.tuning import CreateJob
+from services.jobs.upload import received
 
 MULTIPART_OVERHEAD_BYTES = 64 * 1024
 FORM = {"required": True, "content": {"multipart/form-data": {"schema": {
@@ -42,18 +42,18 @@ def add_files(api: FastAPI) -> None:
         if not length.isdigit():
             raise errors.InvalidRequest("The upload needs a Content-Length.", code="length_required")
         await request.app.state.files.admit(who, max(0, int(length) - MULTIPART_OVERHEAD_BYTES))
-        async with request.form(max_files=1, max_fields=8) as form:
-            file, purpose = form.get("file"), form.get("purpose")
-            if ignored := [name for name in form if name not in ("file", "purpose")]:
-                raise errors.InvalidRequest(f"{ignored[0]}: files are kept until they are deleted; leave it out.",
-                                            param=ignored[0])
-            if not isinstance(file, UploadFile):
+        async with received(request, request.app.state.files.folder) as form:
+            purpose = form.fields.pop("purpose", None)
+            if form.filename is None:
                 raise errors.InvalidRequest("The form has no file in its field 'file'.", param="file")
+            if ignored := next(iter(form.fields), None):
+                raise errors.InvalidRequest(f"{ignored}: files are kept until they are deleted; leave it out.",
+                                            param=ignored)
             if purpose not in UPLOADS:
                 raise errors.InvalidRequest(
                     f"The purpose is {purpose!r}; it can be {' or '.join(map(repr, UPLOADS))}.", param="purpose"
                 )
-            kept = await request.app.state.files.add(file.file, file.filename or "", purpose, who)
+            kept = await request.app.state.files.add(form.file, form.filename, purpose, who)
         return dict(kept.public())
 
     @api.get("/v1/files")
