@@ -75,6 +75,17 @@ def replace(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def sync_tree(folder: Path) -> None:
+    """Bring everything in a folder to the disk, and its names."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring a folder's names to the disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

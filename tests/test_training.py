@@ -1,7 +1,9 @@
 """The training loop with a model of a few thousand weights: what a checkpoint brings back, how losses are weighed."""
 
 import io
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,3 +92,19 @@ def test_a_run_that_was_broken_off_stops_as_early_as_an_unbroken_one(tmp_path: P
     assert again is not None
     assert (again["steps"], again["best_step"]) == (whole["steps"], whole["best_step"])
     assert again["valid_loss"] == pytest.approx(whole["valid_loss"], abs=1e-4)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut could leave the word that it is complete, and not its weights (A10)."""
+    folder, synced = Folder(tmp_path), []
+    path = folder.checkpoints / "checkpoint-3"
+    (path / "deep").mkdir(parents=True)
+    for name in ("weights", "deep/optimizer"):
+        (path / name).write_bytes(b"x")
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append((os.readlink(f"/proc/self/fd/{fd}"), (path / COMPLETE).exists())), real(fd)))
+    watch = loop.Watch(folder, SimpleNamespace(say=lambda *_, **__: None), 1)  # type: ignore[arg-type]
+    watch.on_save(None, SimpleNamespace(global_step=3), None)
+    before = [name for name, complete in synced if not complete]
+    assert set(before) == {str(path), str(path / "weights"), str(path / "deep"), str(path / "deep/optimizer")}
+    assert synced[-1] == (str(path), True)

@@ -19,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from common.files import sync_folder, sync_tree
 from services.trainer.events import Events
 from services.trainer.plan import (
     COMPLETE,
@@ -186,7 +187,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # untyped
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         path = self._folder.checkpoints / f"checkpoint-{state.global_step}"
+        sync_tree(path)  # what says that it is complete must not reach the disk before it
         (path / COMPLETE).touch()
+        sync_folder(path)
         if not self.paused:
             self._events.say("checkpoint", step=state.global_step, metrics=self._train | self._valid)
 
