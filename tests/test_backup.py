@@ -79,3 +79,26 @@ def test_what_is_backed_up_comes_back(tmp_path: Path) -> None:
         with sqlite3.connect(again / name) as database:
             assert database.execute("SELECT n FROM t").fetchall() == [(7,)]
     assert "already" in owngpt(again, "restore", archive)
+
+
+def test_a_disk_that_is_full_half_way_leaves_the_place_empty(tmp_path: Path) -> None:
+    """What had been unpacked stayed, and the next try was refused for it."""
+    state, archive = tmp_path / "state", tmp_path / "a.tar.gz"
+    for name in ("files", "adapters", "runs"):
+        (state / name).mkdir(parents=True)
+    (state / "files/file-1").write_bytes(os.urandom(4_000_000))
+    (state / "api_key").write_text("sk-1")
+    for name in ("jobs.db", "ledger.db"):
+        with sqlite3.connect(state / name) as database:
+            database.execute("CREATE TABLE t AS SELECT 7 AS n")
+    owngpt(state, "backup", archive, status=0)
+    again = tmp_path / "again"
+    again.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(again)], check=False, capture_output=True).returncode:
+        pytest.skip("no small disk can be made here (mount needs root)")
+    try:
+        assert "No space left" in owngpt(again, "restore", archive)
+        assert {path.name for path in again.iterdir()} <= {"lock", "secrets", "logs"}
+    finally:
+        subprocess.run(["umount", "-l", str(again)], check=True)
+    owngpt(tmp_path / "third", "restore", archive, status=0)

@@ -74,6 +74,17 @@ def restore(dials: Dials, archive: Path, say: Callable[[str], None]) -> None:
     """Make a state folder out of an archive. Raises UserError, OSError."""
     if any((dials.state / name).exists() for name in (*DATABASES, "redis/appendonlydir", "api_key")):
         raise UserError(f"{dials.state} has a stack's state already; restore into an empty place: STATE_DIR=…")
+    try:
+        unpack(dials, archive, say)
+    except BaseException:  # a full disk, Ctrl-C: the place is as empty as it was
+        for name in (*DATABASES, *FOLDERS, "redis", "api_key", "backup.json", "usage.jsonl"):
+            path = dials.state / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+def unpack(dials: Dials, archive: Path, say: Callable[[str], None]) -> None:
+    """Fill an empty state folder. Raises UserError, OSError."""
     say("reading")
     try:
         with tarfile.open(archive) as tar:
