@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from services.trainer import loop
 from services.trainer.events import Events
 from services.trainer.loop import Counting, collate, micro_batch
-from services.trainer.plan import COMPLETE, Folder, Hyperparameters, Plan
+from services.trainer.plan import COMPLETE, Folder, Hyperparameters, Plan, rows_on_gpu
 from services.trainer.render import IGNORED, Encoded
 
 
@@ -27,6 +27,12 @@ def tiny() -> LlamaForCausalLM:
 def test_a_batch_is_computed_in_few_pieces(batch: int, rows: int) -> None:
     """7 and 9 were trained one row at a time (D6)."""
     assert micro_batch(batch, 8) == rows
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens", "rows"), [(128_256, 1024, 1), (32_768, 1024, 4), (49_152, 512, 5), (128_256, 8192, 1)])
+def test_logits_do_not_fill_a_card(vocabulary: int, tokens: int, rows: int) -> None:
+    """Eight rows of Llama-3's vocabulary took 10 GB of a 24 GB card (D8)."""
+    assert rows_on_gpu(8, vocabulary, tokens) == rows
 
 
 def test_a_validation_loss_counts_tokens_not_rows(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from services.trainer.plan import (
     Hyperparameters,
     Plan,
     learning_rate,
+    rows_on_gpu,
 )
 from services.trainer.render import IGNORED, Encoded
 
@@ -210,7 +211,9 @@ def train(
     last: Path | None,
 ) -> dict[str, float] | None:
     """Train to the end, from the checkpoint `last` if there is one. Returns the figures, or None when paused."""
-    micro = micro_batch(chosen.batch_size, plan.micro_batch)
+    on_gpu = torch.cuda.is_available()
+    most = rows_on_gpu(plan.micro_batch, model.config.vocab_size, plan.max_tokens) if on_gpu else plan.micro_batch
+    micro = micro_batch(chosen.batch_size, most)
     steps = -(-len(training) // chosen.batch_size)
     every = min(steps, MAX_STEPS_BETWEEN_CHECKPOINTS)
     trainer = Counting(
@@ -219,11 +222,13 @@ def train(
             output_dir=str(folder.checkpoints),
             seed=plan.seed,
             data_seed=plan.seed,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=not on_gpu,
+            gradient_checkpointing=on_gpu,  # a third more time for most of the activations' memory
+            gradient_checkpointing_kwargs={"use_reentrant": False},
             bf16=computes_bf16(),
             num_train_epochs=chosen.n_epochs,
             per_device_train_batch_size=micro,
-            per_device_eval_batch_size=plan.micro_batch,
+            per_device_eval_batch_size=most,
             gradient_accumulation_steps=chosen.batch_size // micro,
             learning_rate=learning_rate(model.config.hidden_size, chosen.learning_rate_multiplier),
             lr_scheduler_type="cosine",

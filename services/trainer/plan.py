@@ -15,6 +15,7 @@ EPOCHS = (3, 10)
 VALIDATION_SHARE = 0.1
 VALIDATION_ROWS = (5, 200)
 PATIENCE_EVALS = 3
+MAX_LOGITS_BYTES = 512 * 1024 * 1024
 MAX_STEPS_BETWEEN_CHECKPOINTS = 200
 DATA_AT_FAULT, PAUSED = 3, 75
 """How a run's process ends when it is not 0."""
@@ -65,6 +66,12 @@ def resolve(plan: Plan, rows: int) -> Hyperparameters:
     epochs = plan.n_epochs if plan.n_epochs != "auto" else min(EPOCHS[1], max(EPOCHS[0], round(STEPS_AIMED_AT / steps)))
     multiplier = plan.learning_rate_multiplier if plan.learning_rate_multiplier != "auto" else 1.0
     return Hyperparameters(epochs, batch, multiplier)
+
+
+def rows_on_gpu(most: int, vocabulary: int, tokens: int) -> int:
+    """Rows computed at once on a GPU, whose memory the logits would fill: fp32, vocabulary x tokens a row, and as much
+    again for their gradient. Llama-3 (128,256): one row of 1,024 tokens; Mistral (32,768): four."""
+    return max(1, min(most, MAX_LOGITS_BYTES // (4 * vocabulary * tokens)))
 
 
 def learning_rate(hidden_size: int, multiplier: float) -> float:
