@@ -5,19 +5,30 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from loguru import logger
+from prometheus_client import CollectorRegistry, Counter
 from redis.exceptions import RedisError
 
 RETRY_S = 1.0
 """At least this long after something failed."""
 
 
-async def repeat(what: str, work: Callable[[], Awaitable[bool | None]], every_s: float) -> None:
+def failures_counter(registry: CollectorRegistry) -> Counter:
+    """How often a bug ended a round of something that `repeat` does; an alert says so."""
+    text = "Rounds of background work that a bug ended."
+    return Counter("owngpt_background_failures", text, ("what",), registry=registry)
+
+
+async def repeat(
+    what: str, work: Callable[[], Awaitable[bool | None]], every_s: float, failures: Counter | None = None
+) -> None:
     """Do something again and again, until cancelled. What it raises ends nothing.
 
-    While redis, or a disk, is away that is said once; a bug is said each time. Work that returns False had nothing to
-    do that could have failed: no sign that redis is back.
+    While redis, or a disk, is away that is said once; a bug is said each time, and counted. Work that returns False had
+    nothing to do that could have failed: no sign that redis is back.
     """
     away = False
+    if failures is not None:
+        failures.labels(what)
     while True:
         pause_s = max(every_s, RETRY_S)
         try:
@@ -33,10 +44,16 @@ async def repeat(what: str, work: Callable[[], Awaitable[bool | None]], every_s:
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is None or task.cancelling():
                 raise
-            logger.exception("failed; it is tried again", what=what)  # something that it awaited was cancelled
+            _failed(what, failures)  # something that it awaited was cancelled
         except Exception:
-            logger.exception("failed; it is tried again", what=what)
+            _failed(what, failures)
         await asyncio.sleep(pause_s)
+
+
+def _failed(what: str, failures: Counter | None) -> None:
+    logger.exception("failed; it is tried again", what=what)
+    if failures is not None:
+        failures.labels(what).inc()
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:

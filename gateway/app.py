@@ -31,7 +31,7 @@ from common.redis.connect import connect, connect_cache
 from common.redis.names import CHANNEL_ALIASES, CHANNEL_HELD, CHANNEL_KEYS, CHANNEL_WORKERS
 from common.responses.store import ResponseStore
 from common.routes import ROUTES
-from common.tasks import end_tasks, repeat
+from common.tasks import end_tasks, failures_counter, repeat
 from common.workers import WorkerTable
 from gateway import tending
 from gateway.answers import Answers
@@ -121,7 +121,9 @@ class Gateway:
         look_after = tending.Tending(redis, feed, table, answers, metrics)
         background = [
             asyncio.create_task(feed.run(), name="feed"),
-            asyncio.create_task(repeat("tending", look_after.once, tending.TEND_EVERY_S), name="tend"),
+            asyncio.create_task(
+                repeat("tending", look_after.once, tending.TEND_EVERY_S, failures_counter(registry)), name="tend"
+            ),
         ]
         logger.info("gateway up", pid=os.getpid())
         try:

@@ -102,6 +102,8 @@ CASES = [
          {"owngpt_cost_month_usd": "4400x20", "owngpt_budget_month_usd": "5000x20"}),
     Case("FineTuningFailed", "70m", {'owngpt_training_jobs_total{status="failed"}': "_x200 1x100"},
          {'owngpt_training_jobs_total{status="failed"}': "1x300", 'owngpt_training_jobs_total{status="succeeded"}': "_x200 1x100"}),
+    Case("BackgroundWorkFailing", "20m", {'owngpt_background_failures_total{what="tending"}': "0+1x120"},
+         {'owngpt_background_failures_total{what="tending"}': "0x30 1x90"}),
     Case("FineTuningStalled", "25m", {"owngpt_training_running": "1x120", "owngpt_training_step": "7x120"},
          {"owngpt_training_running": "1x120", "owngpt_training_step": "0+1x120"}),
     Case("BatchesFailing", "10m",

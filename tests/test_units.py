@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loguru import logger
+from prometheus_client import CollectorRegistry
 from redis.exceptions import RedisError
 
 from common import keys, tasks
@@ -573,6 +574,7 @@ class TestRepeat:
 
         async def live() -> None:
             left = list(happens)
+            self.registry = registry = CollectorRegistry()
 
             async def work() -> bool | None:
                 if not left:
@@ -584,7 +586,7 @@ class TestRepeat:
                 return happened
 
             done = asyncio.Event()
-            task = asyncio.create_task(tasks.repeat("it", work, 0.001))
+            task = asyncio.create_task(tasks.repeat("it", work, 0.001, tasks.failures_counter(registry)))
             async with asyncio.timeout(5):
                 await done.wait()
             await end_tasks([task])
@@ -602,6 +604,7 @@ class TestRepeat:
         away = RedisError("away")
         assert self.rounds(None, None) == []
         assert self.rounds(RuntimeError("a bug"), None, RuntimeError("a bug")) == ["ERROR", "ERROR"]
+        assert self.registry.get_sample_value("owngpt_background_failures_total", {"what": "it"}) == 2
 
         async def broken() -> None:
             cancelled = asyncio.get_running_loop().create_future()

@@ -97,9 +97,12 @@ async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
     background = [
         asyncio.create_task(work)
         for work in (
-            feed.run(), repeat("tending", look_after.once, 1.0), repeat("checks", checks.look, CHECK_EVERY_S),
-            repeat("the leases of batches", batches.look, RENEW_EVERY_S),
-            repeat("the pace of batches", lambda: load.look(lambda: means.in_flight), LOOK_EVERY_S),
+            feed.run(),
+            *(repeat(what, look, every_s, metrics.failures) for what, look, every_s in (
+                ("tending", look_after.once, 1.0), ("checks", checks.look, CHECK_EVERY_S),
+                ("the leases of batches", batches.look, RENEW_EVERY_S),
+                ("the pace of batches", lambda: load.look(lambda: means.in_flight), LOOK_EVERY_S),
+            )),
         )
     ]
     logger.info("jobs service up")

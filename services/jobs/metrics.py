@@ -2,6 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from common.tasks import failures_counter
+
 
 class JobsMetrics:
     """Defined once; `batches.py` counts, `app.py` reads the queue when it is scraped."""
@@ -19,6 +21,7 @@ class JobsMetrics:
                              registry=registry)
         self.queued = Gauge("owngpt_tuning_jobs_queued", "Fine-tuning jobs that wait for the trainer.",
                             registry=registry)
+        self.failures = failures_counter(registry)
         for result in ("completed", "failed"):
             self.lines.labels(result)
         for status in ("completed", "failed", "cancelled", "expired"):

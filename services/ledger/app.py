@@ -18,7 +18,7 @@ from common.feed import Feed, load_workers
 from common.redis.connect import blocking, connect
 from common.redis.names import CHANNEL_KEYS, CHANNEL_WORKERS
 from common.serving import Owner, exposition, make_api
-from common.tasks import end_tasks, repeat
+from common.tasks import end_tasks, failures_counter, repeat
 from common.workers import WorkerTable
 from services.ledger.costs import Costs
 from services.ledger.legacy import move_in
@@ -43,6 +43,7 @@ class Ledger:
         self._database = Database(settings.database_url, MIGRATIONS)
         self._settings = settings
         self.registry = CollectorRegistry()
+        self._failures = failures_counter(self.registry)
         self.metrics = LedgerMetrics(self.registry)
         self.authenticator = Authenticator(self._redis)
         self.table = WorkerTable()
@@ -67,10 +68,12 @@ class Ledger:
         tasks = [
             asyncio.create_task(work)
             for work in (
-                self._feed.run(), repeat("the usage stream", self._follow, FOLLOW_EVERY_S),
-                repeat("tending", self._tend, 1.0),
-                repeat("the count of money", self._count_money, COST_EVERY_S),
-                repeat("the look at neighbours", self.neighbours.look, LOOK_EVERY_S),
+                self._feed.run(),
+                *(repeat(what, look, every_s, self._failures) for what, look, every_s in (
+                    ("the usage stream", self._follow, FOLLOW_EVERY_S), ("tending", self._tend, 1.0),
+                    ("the count of money", self._count_money, COST_EVERY_S),
+                    ("the look at neighbours", self.neighbours.look, LOOK_EVERY_S),
+                )),
             )
         ]
         logger.info("ledger up")
