@@ -8,6 +8,7 @@ from loguru import logger
 from prometheus_client import CollectorRegistry, Counter
 from redis.exceptions import RedisError
 
+Work = Callable[[], Awaitable[bool | None]]
 RETRY_S = 1.0
 """At least this long after something failed."""
 
@@ -18,9 +19,7 @@ def failures_counter(registry: CollectorRegistry) -> Counter:
     return Counter("owngpt_background_failures", text, ("what",), registry=registry)
 
 
-async def repeat(
-    what: str, work: Callable[[], Awaitable[bool | None]], every_s: float, failures: Counter | None = None
-) -> None:
+async def repeat(what: str, work: Work, every_s: float, failures: Counter | None = None) -> None:
     """Do something again and again, until cancelled. What it raises ends nothing.
 
     While redis, or a disk, is away that is said once; a bug is said each time, and counted. Work that returns False had
@@ -48,6 +47,11 @@ async def repeat(
         except Exception:
             _failed(what, failures)
         await asyncio.sleep(pause_s)
+
+
+def start_all(failures: Counter, *works: tuple[str, Work, float]) -> list[asyncio.Task[None]]:
+    """A task for each (what, work, every so many seconds)."""
+    return [asyncio.create_task(repeat(what, work, every_s, failures)) for what, work, every_s in works]
 
 
 def _failed(what: str, failures: Counter | None) -> None:

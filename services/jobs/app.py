@@ -20,7 +20,7 @@ from common.feed import Feed, load_workers
 from common.redis.connect import blocking, connect
 from common.redis.names import CHANNEL_ALIASES, CHANNEL_KEYS, CHANNEL_WORKERS
 from common.serving import exposition, make_api
-from common.tasks import end_tasks, repeat
+from common.tasks import end_tasks, start_all
 from common.workers import WorkerTable
 from services.jobs import tables
 from services.jobs.aliases import Aliases
@@ -94,17 +94,11 @@ async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
         on_connect,
     )
     look_after = Tending(feed, table, files, database)
-    background = [
-        asyncio.create_task(work)
-        for work in (
-            feed.run(),
-            *(repeat(what, look, every_s, metrics.failures) for what, look, every_s in (
-                ("tending", look_after.once, 1.0), ("checks", checks.look, CHECK_EVERY_S),
-                ("the leases of batches", batches.look, RENEW_EVERY_S),
-                ("the pace of batches", lambda: load.look(lambda: means.in_flight), LOOK_EVERY_S),
-            )),
-        )
-    ]
+    background = [asyncio.create_task(feed.run()), *start_all(
+        metrics.failures, ("tending", look_after.once, 1.0), ("checks", checks.look, CHECK_EVERY_S),
+        ("the leases of batches", batches.look, RENEW_EVERY_S),
+        ("the pace of batches", lambda: load.look(lambda: means.in_flight), LOOK_EVERY_S),
+    )]
     logger.info("jobs service up")
     try:
         yield

@@ -18,7 +18,7 @@ from common.feed import Feed, load_workers
 from common.redis.connect import blocking, connect
 from common.redis.names import CHANNEL_KEYS, CHANNEL_WORKERS
 from common.serving import Owner, exposition, make_api
-from common.tasks import end_tasks, failures_counter, repeat
+from common.tasks import end_tasks, failures_counter, start_all
 from common.workers import WorkerTable
 from services.ledger.costs import Costs
 from services.ledger.legacy import move_in
@@ -65,17 +65,11 @@ class Ledger:
         """With its tasks."""
         await asyncio.to_thread(prepare, self._settings, self._database)
         self.metrics.show(self.costs)
-        tasks = [
-            asyncio.create_task(work)
-            for work in (
-                self._feed.run(),
-                *(repeat(what, look, every_s, self._failures) for what, look, every_s in (
-                    ("the usage stream", self._follow, FOLLOW_EVERY_S), ("tending", self._tend, 1.0),
-                    ("the count of money", self._count_money, COST_EVERY_S),
-                    ("the look at neighbours", self.neighbours.look, LOOK_EVERY_S),
-                )),
-            )
-        ]
+        tasks = [asyncio.create_task(self._feed.run()), *start_all(
+            self._failures, ("the usage stream", self._follow, FOLLOW_EVERY_S), ("tending", self._tend, 1.0),
+            ("the count of money", self._count_money, COST_EVERY_S),
+            ("the look at neighbours", self.neighbours.look, LOOK_EVERY_S),
+        )]
         logger.info("ledger up")
         try:
             yield
