@@ -140,7 +140,7 @@ def register_copy(up: Up, name: str) -> str:
     redis = up.redis_as("trainer")
     entry = json.loads(redis.hget("adapters", name))
     entry["name"] = f"{name}-{random.randrange(10**9)}"
-    redis.hset("adapters", entry["name"], json.dumps(entry))
+    redis.hsetnx("adapters", entry["name"], json.dumps(entry))
     return str(entry["name"])
 
 

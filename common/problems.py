@@ -22,6 +22,11 @@ async def answer_away(request: Request, error: Exception) -> Response:
     return await answer_api_error(request, errors.Unavailable(text, code="state_unavailable", retry_after_s=5))
 
 
+async def answer_bug(request: Request, error: Exception) -> Response:
+    """An exception handler for everything else: our words; the server's log gets the cause."""
+    return await answer_api_error(request, errors.ApiError(f"The service failed ({type(error).__name__})."))
+
+
 async def answer_http_exception(request: Request, error: Exception) -> Response:
     """An exception handler: no such path, or not with this method; or a form that cannot be read."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for it only

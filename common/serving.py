@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from common import errors
 from common.auth import bearer
 from common.keys import ApiKey
-from common.problems import answer_api_error, answer_away, answer_http_exception, answer_invalid
+from common.problems import answer_api_error, answer_away, answer_bug, answer_http_exception, answer_invalid
 
 
 def make_api(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
@@ -29,6 +29,7 @@ def make_api(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
     api.add_exception_handler(RequestValidationError, answer_invalid)
     for away in (RedisError, OSError):
         api.add_exception_handler(away, answer_away)
+    api.add_exception_handler(Exception, answer_bug)
 
     @api.get("/health")
     async def health() -> dict[str, str]:

@@ -25,7 +25,7 @@ from common.auth import Authenticator, bearer
 from common.feed import Feed, load_workers
 from common.metering.meter import Meter
 from common.metering.metrics import RequestMetrics
-from common.problems import answer_api_error, answer_away, answer_http_exception, answer_invalid
+from common.problems import answer_api_error, answer_away, answer_bug, answer_http_exception, answer_invalid
 from common.recorder import Recorder
 from common.redis.connect import connect, connect_cache
 from common.redis.names import CHANNEL_ALIASES, CHANNEL_HELD, CHANNEL_KEYS, CHANNEL_WORKERS
@@ -63,6 +63,7 @@ class Gateway:
         self.api.add_exception_handler(RequestValidationError, answer_invalid)
         for away in (RedisError, OSError):
             self.api.add_exception_handler(away, answer_away)
+        self.api.add_exception_handler(Exception, answer_bug)
         add_routes(self.api)
         add_response_routes(self.api)
         self.path: RequestPath | None = None

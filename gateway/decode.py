@@ -34,9 +34,9 @@ class Ask(msgspec.Struct):
     temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     priority: int | None = None
-    previous_response_id: str | None = None
-    store: bool | None = None
-    background: bool | None = None
+    previous_response_id: RawJson = RawJson(b"null")
+    store: RawJson = RawJson(b"null")
+    background: RawJson = RawJson(b"null")
     conversation: RawJson = RawJson(b"null")
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     messages: RawJson = RawJson(b"")

@@ -17,7 +17,8 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from common.keys import ApiKey, make
-from common.redis.names import CHANNEL_KEYS, api_key_key
+from common.redis.names import CHANNEL_KEYS, api_key_key, response_key, response_sizes_key, responses_key
+from common.redis.scripts import FORGET_RESPONSES
 from common.settings import StateSettings
 
 
@@ -74,6 +75,7 @@ def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, as `list` s
     if not redis.delete(api_key_key(key_id)):
         typer.echo(f"There is no key with the id {key_id!r}; `list` shows those there are.", err=True)
         raise typer.Exit(1)
+    redis.eval(FORGET_RESPONSES, 2, responses_key(key_id), response_sizes_key(key_id), response_key(key_id, ""))
     redis.publish(CHANNEL_KEYS, key_id)
     typer.echo(f"revoked {key_id}")
 

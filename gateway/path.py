@@ -105,6 +105,7 @@ class RequestPath:
             model = ""  # an alias shadows no model, also none that is away for a moment
         tried = self._look_back(arrival)  # 5
         self._refuse_poison(tried, body)
+        wish = turns.read(arrival, ask)
         scope = self._scopes.of(key)
         question: Question | None = None
         if self._answers is not None and may_be_remembered(arrival.route, ask, body, arrival.headers):  # 6
@@ -117,8 +118,8 @@ class RequestPath:
                 if not worth:
                     question = None
                 self._refuse_poison(tried, body)  # whoever was answering it may have killed workers meanwhile
-        chosen = self._choose(ask, model or ask.model, scope, tried)  # 7
-        return self._send(arrival, ask, model, key, scope, question, chosen)  # 8
+        chosen = self._choose(ask, model or ask.model, scope, tried, wish.last)  # 7
+        return self._send(arrival, ask, model, key, scope, question, chosen, wish)  # 8
 
     # --- the steps, in their order ---------------------------------------------------------------
 
@@ -175,7 +176,7 @@ class RequestPath:
             return None, True  # an earlier attempt of this request leads the question: others wait for this one
         return (yield from self._answers.find(question, batch=arrival.batch))
 
-    def _choose(self, ask: Ask, model: str, scope: str, tried: Attempts) -> routing.Route:
+    def _choose(self, ask: Ask, model: str, scope: str, tried: Attempts, last: str = "") -> routing.Route:
         for address in tried.tried[-1:]:
             self._table.suspect(address)
             self._metrics.retries.labels(tried.reason).inc()
@@ -189,7 +190,7 @@ class RequestPath:
             if tried.deaths:
                 raise errors.UpstreamError("The worker died while it ran this request, and no other can take it.")
             raise errors.Unavailable("No worker could take the request.", retry_after_s=RETRY_AFTER_S)
-        return routing.choose(pool, model, scope, ask.prefix, self._holders, turns.last_tag(ask))
+        return routing.choose(pool, model, scope, ask.prefix, self._holders, last)
 
     def _explain_nobody(self, model: str) -> None:
         served = self._table.models()
@@ -204,7 +205,7 @@ class RequestPath:
 
     def _send(
         self, arrival: Arrival, ask: Ask, model: str, key: ApiKey, scope: str, question: Question | None,
-        chosen: routing.Route,
+        chosen: routing.Route, wish: turns.Wish,
     ) -> Decision:
         """To a worker: by nginx where there is one and the worker sees to the rest, else by the relay."""
         worker = chosen.worker
@@ -219,7 +220,7 @@ class RequestPath:
         told = Context(
             arrival.uid, arrival.request_id, arrival.payer or key.id, arrival.attempt, self._scopes.salt(scope), model,
             arrival.batch, round(took_s, 6), chosen.reason, traced.traceparent if traced is not None else "", keep,
-            turns.turn_of(arrival, ask, key, worker.beat.id, self._settings),
+            turns.turn_of(wish, arrival, key, worker.beat.id, self._settings),
         )
         self._metrics.took(took_s)
         if traced is not None:
@@ -286,7 +287,9 @@ class RequestPath:
                 if self._answers is not None:
                     self._answers.failed(keep.name, told.uid)
                 keep = None
-        told = msgspec.structs.replace(told, attempt=told.attempt + 1, reason=chosen.reason, keep=keep)
+        if (turn := told.turn) is not None:
+            turn = msgspec.structs.replace(turn, id=turns.response_id(told.uid, chosen.worker.beat.id))
+        told = msgspec.structs.replace(told, attempt=told.attempt + 1, reason=chosen.reason, keep=keep, turn=turn)
         return relay._replace(worker=chosen.worker, context=told)
 
     def give_up(self, relay: Relay, path: str, error: errors.ApiError) -> Refuse:

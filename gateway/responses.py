@@ -2,16 +2,18 @@
 
 from typing import Annotated, Literal
 
+import msgspec
 from fastapi import FastAPI, Query, Request, Response
 
 from common.errors import InvalidRequest, NotFound
 from common.keys import ApiKey
-from common.responses.items import listed
+from common.responses.items import context, shown
 from common.responses.store import ResponseStore
 from gateway.turns import is_response_id
 
 OWNER = "owngpt.key"
 """In a scope: the `ApiKey` that asks."""
+JSON = "application/json"
 
 
 def add_response_routes(api: FastAPI) -> None:
@@ -22,7 +24,7 @@ def add_response_routes(api: FastAPI) -> None:
         """A response, as it was answered."""
         if stream:
             raise InvalidRequest("stream: a response that is kept is not streamed again.", param="stream")
-        return Response(await _read(request, name), media_type="application/json")
+        return Response(await _read(request, name), media_type=JSON)
 
     @api.delete("/v1/responses/{name}")
     async def delete(request: Request, name: str) -> dict[str, object]:
@@ -36,23 +38,27 @@ def add_response_routes(api: FastAPI) -> None:
     async def input_items(
         request: Request, name: str, limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc", after: str = "",
-    ) -> dict[str, object]:
-        """What a response answered: everything that was said before, and its own input."""
+    ) -> Response:
+        """What a response answered: everything that was said before and is still there, and its own input."""
         store, owner = _of(request)
-        await _read(request, name)
-        items = listed(await store.chain(owner, name), name)
+        links = await store.listed(owner, name) if is_response_id(name) else []
+        if not links:
+            raise _missing(name)
+        items = list(enumerate(context(links)))
         if order == "desc":
             items.reverse()
         if after:
-            at = next((at for at, item in enumerate(items) if item["id"] == after), None)
+            at = next((at for at, (place, _) in enumerate(items) if _named(name, place) == after), None)
             if at is None:
                 raise InvalidRequest(f"after: there is no item {after[:80]!r}.", param="after")
             items = items[at + 1 :]
         page = items[:limit]
-        return {
-            "object": "list", "data": page, "has_more": len(items) > limit,
-            "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
-        }
+        names = [_named(name, place) for place, _ in page]
+        return Response(msgspec.json.encode({
+            "object": "list", "data": [msgspec.Raw(shown(item, _named(name, place))) for place, item in page],
+            "has_more": len(items) > limit,
+            "first_id": names[0] if names else None, "last_id": names[-1] if names else None,
+        }), media_type=JSON)
 
     @api.post("/v1/responses/{name}/cancel")
     async def cancel(request: Request, name: str) -> Response:
@@ -72,6 +78,11 @@ async def _read(request: Request, name: str) -> bytes:
     if said is None:
         raise _missing(name)
     return said
+
+
+def _named(name: str, place: int) -> str:
+    """What an item is called: a client's own names may come twice."""
+    return f"item_{name}_{place}"
 
 
 def _missing(name: str) -> NotFound:

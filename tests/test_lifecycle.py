@@ -429,6 +429,19 @@ class TestBatches:
         done = self.over(up, self.begin(up, rows, "/v1/completions"))
         assert self.results(up, done.output_file_id).keys() == {"0", "1", "2", "3", "4"}
 
+    def test_responses_are_results_and_nothing_else(self, up: Up) -> None:
+        first = up.sdk.responses.create(model=MODEL, input="My name is Ada.", max_output_tokens=4)
+        rows = [{"custom_id": str(n), "method": "POST", "url": "/v1/responses", "body": {
+            "model": MODEL, "input": f"{n},", "max_output_tokens": 4, **({"previous_response_id": first.id} if n == 2 else {})}}
+            for n in range(3)]
+        done = self.over(up, self.begin(up, rows, "/v1/responses"))
+        said = {name: line["response"]["body"] for name, line in self.results(up, done.output_file_id).items()}
+        assert said.keys() == {"0", "1", "2"}
+        assert said["2"]["previous_response_id"] == first.id
+        assert done.usage.output_tokens == sum(body["usage"]["output_tokens"] for body in said.values())
+        with pytest.raises(openai.NotFoundError):  # the batch keeps it
+            up.sdk.responses.retrieve(said["2"]["id"])
+
     def test_a_model_without_embeddings_says_so_line_by_line(self, up: Up) -> None:
         rows = [{"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"model": MODEL, "input": "x"}}]
         done = self.over(up, self.begin(up, rows, "/v1/embeddings"))

@@ -215,6 +215,18 @@ class Redis:
         self.adapters.pop(name, None)
 
 
+class Everything:
+    """Models of every name."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([SimpleNamespace(id=EveryName(), max_model_len=100)])
+
+
+class EveryName:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
 class ScriptedEngine:
     """Says how likely it finds a prompt's tokens, by model (the first letters of its name)."""
 
@@ -251,7 +263,7 @@ class TestJob:
         monkeypatch.setattr(ScriptedRun, "during", staticmethod(lambda: None))
         for module in ("services.trainer.jobs.REPORT_EVERY_S", "services.trainer.jobs.RENEW_EVERY_S"):
             monkeypatch.setattr(module, 0.0)
-        worker = SimpleNamespace(address="w:1")
+        worker = SimpleNamespace(address="w:1", models=Everything())
         monkeypatch.setattr(publish, "ready_workers", lambda redis, model: [worker])
         monkeypatch.setattr(publish, "check_tokens", lambda prompts, *_: len(prompts))
         monkeypatch.setattr(publish, "place", lambda source, folder: "digest")
@@ -436,15 +448,17 @@ class TestJob:
         assert service.find(job).status == "succeeded"
         assert "as served: 1.0000 nats a token, the base model 2.0000, on 30 rows" in service.messages(job)
 
-    def test_another_model_than_the_trained_one_is_noticed(self, service: Service, start: Any, tmp_path: Path) -> None:
-        with ScriptedEngine({"m": -2.0, "ft": -1.5}) as engine:  # trained: 1.0
+    def test_another_model_than_the_trained_one_is_noticed(
+        self, service: Service, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(RESULT, "gate_loss", 1.0)
+        with ScriptedEngine({"m": -2.0, "ft": -1.5}) as engine:
             job, run = start()
             publish.ready_workers(None, "")[0].address = engine.address  # type: ignore[arg-type]
             (tmp_path / "runs" / job.id / "gate.json").write_text(json.dumps([{"tokens": [5, 6, 7], "learnt": [1, 2]}] * 30))
             run.run()
-        found = service.find(job)
-        assert found.error is not None
-        assert found.error["code"] == "served_differently"
+        assert service.find(job).status == "succeeded", "a warning: it is better than its base"
+        assert any("otherwise than it was trained" in message for message in service.messages(job))
 
     def test_a_bug_ends_one_job(self, service: Service, start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         def bug(*_: Any) -> None:

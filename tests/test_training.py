@@ -72,6 +72,8 @@ def test_a_run_that_was_broken_off_stops_as_early_as_an_unbroken_one(tmp_path: P
     def run(name: str, stop_after: int, last: Path | None = None) -> dict[str, float] | None:
         folder = Folder(tmp_path / name)
         folder.root.mkdir(exist_ok=True)
+        folder.gate.write_text('[{"tokens": [1, 2, 3], "learnt": [2]}]')
+        folder.root.mkdir(exist_ok=True)
         folder.pause.unlink(missing_ok=True)
         model = get_peft_model(tiny(), LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"))
         evaluate = loop.Watch.on_evaluate

@@ -45,7 +45,8 @@ def in_our_words(
         text = f"The model {model!r} does not support {path}."
         return encode_parts(status, text, "invalid_request_error", code="unsupported_endpoint", route=route)
     code = said or {404: "model_not_found", 422: "unprocessable"}.get(status, "invalid_value")
-    return encode_parts(status, message, "invalid_request_error", param, code, route=route)
+    again_s = 1 if status == 409 else None
+    return encode_parts(status, message, "invalid_request_error", param, code, again_s, route=route)
 
 
 def _message(body: bytes) -> tuple[str, str | None, str | None]:

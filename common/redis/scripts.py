@@ -57,64 +57,75 @@ return text
 
 # KEYS[1] response:{key}:{id}  KEYS[2] responses:{key}  KEYS[3] responsesizes:{key} ; ARGV[1] id, ARGV[2] previous,
 # ARGV[3] items, ARGV[4] response, ARGV[5] bytes, ARGV[6] seconds to keep it unused, ARGV[7] bytes for all of this key,
-# ARGV[8] response:{key}: . Returns how many others made room. The first write comes before any other: a full redis
-# refuses it, and nothing has changed then.
+# ARGV[8] response:{key}: . Returns 1; 0 when it cannot be kept so that it can be continued: what it continues is gone,
+# or would have to go to make room. Nothing is written before that is known, and the first write is one that a full
+# redis refuses.
 SAVE_RESPONSE = """
-redis.call('HSET', KEYS[1], 'response', ARGV[4], 'items', ARGV[3], 'previous', ARGV[2])
-redis.call('EXPIRE', KEYS[1], ARGV[6])
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1000000
-redis.call('ZADD', KEYS[2], now, ARGV[1])
-redis.call('HSET', KEYS[3], ARGV[1], ARGV[5])
-local out = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[6])
-for _, id in ipairs(out) do redis.call('HDEL', KEYS[3], id) end
-local total, dropped = 0, #out
-for _, bytes in ipairs(redis.call('HVALS', KEYS[3])) do total = total + bytes end
-if total > tonumber(ARGV[7]) then
-  for _, id in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
-    if total <= tonumber(ARGV[7]) then break end
-    local bytes = redis.call('HGET', KEYS[3], id)
-    if id ~= ARGV[1] and bytes then
-      total = total - bytes
-      out[#out + 1] = id
-      redis.call('HDEL', KEYS[3], id)
-    end
+local time, ttl = redis.call('TIME'), tonumber(ARGV[6])
+local now, past, id = time[1] + time[2] / 1000000, {[ARGV[1]] = true}, ARGV[2]
+while id ~= '' do
+  past[id] = true
+  id = redis.call('HGET', ARGV[8] .. id, 'previous')
+  if not id then return 0 end
+end
+local total = tonumber(redis.call('HGET', KEYS[3], 'total') or '0')
+local out, freed, at = {}, tonumber(redis.call('HGET', KEYS[3], ARGV[1]) or '0'), 0
+while true do
+  local old = redis.call('ZRANGE', KEYS[2], at, at, 'WITHSCORES')
+  local over = total + ARGV[5] - freed > tonumber(ARGV[7])
+  if not old[1] and over then return 0 end
+  if not old[1] or (not over and tonumber(old[2]) > now - ttl) then break end
+  if not past[old[1]] then
+    freed, out[#out + 1] = freed + tonumber(redis.call('HGET', KEYS[3], old[1]) or '0'), old[1]
   end
+  at = at + 1
 end
-for _, id in ipairs(out) do
-  redis.call('DEL', ARGV[8] .. id)
-  redis.call('ZREM', KEYS[2], id)
+redis.call('HSET', KEYS[1], 'response', ARGV[4], 'items', ARGV[3], 'previous', ARGV[2])
+redis.call('EXPIRE', KEYS[1], ttl)
+for _, old in ipairs(out) do
+  redis.call('DEL', ARGV[8] .. old)
+  redis.call('ZREM', KEYS[2], old)
+  redis.call('HDEL', KEYS[3], old)
 end
-redis.call('EXPIRE', KEYS[2], ARGV[6])
-redis.call('EXPIRE', KEYS[3], ARGV[6])
-return #out - dropped
+redis.call('ZADD', KEYS[2], now, ARGV[1])
+redis.call('HSET', KEYS[3], ARGV[1], ARGV[5], 'total', total + ARGV[5] - freed)
+redis.call('EXPIRE', KEYS[2], ttl)
+redis.call('EXPIRE', KEYS[3], ttl)
+return 1
 """
 
-# KEYS[1] responses:{key}  KEYS[2] responsesizes:{key} ; ARGV[1] id, ARGV[2] seconds to keep what is used (0: it
-# is only looked at), ARGV[3] most turns, ARGV[4] response:{key}: .
-# Returns items and response of the response and of each one it continues, newest first; and at its end the id of one
-# that is not there. One turn more than ARGV[3] says that there are more. A script, because each one names the next.
+# KEYS[1] responses:{key}  KEYS[2] responsesizes:{key} ; ARGV[1] id, ARGV[2] seconds to keep what is used (0: it is only
+# looked at), ARGV[3] most turns, ARGV[4] most bytes, ARGV[5] response:{key}: . Returns items and response of the
+# response and of each one it continues, newest first; and at its end, if it is not all, the id of one that is not
+# there, or '' when there are more turns or bytes. A script, because each one names the next. What was used lately is
+# not written down again; a redis that is full, or cannot write, is still read.
 CHAIN = """
-local said, id, time, keep = {}, ARGV[1], redis.call('TIME'), ARGV[2] ~= '0'
-local now = time[1] + time[2] / 1000000
-if keep then
-  redis.call('EXPIRE', KEYS[1], ARGV[2])
-  redis.call('EXPIRE', KEYS[2], ARGV[2])
-end
-while id ~= '' and #said <= 2 * ARGV[3] do
-  local key = ARGV[4] .. id
+local said, id, time, keep = {}, ARGV[1], redis.call('TIME'), tonumber(ARGV[2])
+local now, bytes = time[1] + time[2] / 1000000, 0
+local stale = now - keep / 1000
+while id ~= '' do
+  local key = ARGV[5] .. id
   local link = redis.call('HMGET', key, 'items', 'response', 'previous')
   if not link[2] then
     said[#said + 1] = id
     return said
   end
+  bytes = bytes + #link[1] + #link[2]
+  if #said >= 2 * ARGV[3] or bytes > tonumber(ARGV[4]) then
+    said[#said + 1] = ''
+    return said
+  end
   said[#said + 1] = link[1]
   said[#said + 1] = link[2]
-  if keep then
-    redis.call('EXPIRE', key, ARGV[2])
-    redis.pcall('ZADD', KEYS[1], 'XX', now, id)  -- a full redis refuses it
+  if keep > 0 and tonumber(redis.call('ZSCORE', KEYS[1], id) or '0') < stale then
+    redis.pcall('EXPIRE', key, keep)
+    redis.pcall('ZADD', KEYS[1], 'XX', now, id)
   end
   id = link[3]
+end
+if keep > 0 then
+  redis.pcall('EXPIRE', KEYS[1], keep)
+  redis.pcall('EXPIRE', KEYS[2], keep)
 end
 return said
 """
@@ -122,7 +133,17 @@ return said
 # KEYS[1] response:{key}:{id}  KEYS[2] responses:{key}  KEYS[3] responsesizes:{key} ; ARGV[1] id. Returns whether it was
 # there.
 DROP_RESPONSE = """
+local bytes = redis.call('HGET', KEYS[3], ARGV[1])
+if bytes then
+  redis.call('HDEL', KEYS[3], ARGV[1])
+  redis.call('HINCRBY', KEYS[3], 'total', -bytes)
+end
 redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('HDEL', KEYS[3], ARGV[1])
 return redis.call('DEL', KEYS[1])
+"""
+
+# KEYS[1] responses:{key}  KEYS[2] responsesizes:{key} ; ARGV[1] response:{key}: . All of a key's responses go.
+FORGET_RESPONSES = """
+for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do redis.call('DEL', ARGV[1] .. id) end
+redis.call('DEL', KEYS[1], KEYS[2])
 """

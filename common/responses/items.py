@@ -1,14 +1,17 @@
-"""The items of a conversation: what a request's `input` is to an engine, and to whoever lists it."""
+"""The items of a conversation: what a request's `input` is to an engine, and to whoever lists it.
+
+Nothing here looks into an item further than its fields: what a client has made of it is the engine's business.
+"""
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
+from common.metering.rewrite import decode_raw
 from common.responses.store import Link
 
-Item = dict[str, Any]
 _decode_raws = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_UNREADABLE = {"type": msgspec.Raw(b'"unreadable"')}
 
 
 class _Output(msgspec.Struct):
@@ -30,19 +33,24 @@ def flatten(links: Sequence[Link]) -> list[msgspec.Raw]:
     return [item for link in links for item in (*_decode_raws(link.items), *_decode_output(link.response).output)]
 
 
-def listed(links: Sequence[Link], response_id: str) -> list[Item]:
-    """The input of the last turn and all before it, as a listing shows items: each with an id, texts as parts."""
+def context(links: Sequence[Link]) -> list[msgspec.Raw]:
+    """What the last turn answered: everything before it, and its own input."""
     *before, last = links
-    items = [*flatten(before), *_decode_raws(last.items)]
-    return [_shown(msgspec.json.decode(item), f"{response_id}_{at}") for at, item in enumerate(items)]
+    return [*flatten(before), *_decode_raws(last.items)]
 
 
-def _shown(item: Item, name: str) -> Item:
-    said = {field: value for field, value in item.items() if value is not None}
-    shown = {"id": f"item_{name}", "type": "message", **said}
-    if shown["type"] == "message":
-        shown.setdefault("status", "completed")
-        if isinstance(text := shown.get("content"), str):
-            kind = "output_text" if shown.get("role") == "assistant" else "input_text"
-            shown["content"] = [{"type": kind, "text": text}]
-    return shown
+def shown(item: msgspec.Raw, name: str) -> bytes:
+    """An item as a listing shows it: named by its place, a message's text as a part."""
+    try:
+        said = decode_raw(item)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        said = _UNREADABLE
+    fields = {"type": msgspec.Raw(b'"message"')} | {k: v for k, v in said.items() if bytes(v) != b"null"}
+    fields["id"] = msgspec.Raw(msgspec.json.encode(name))
+    if bytes(fields["type"]) == b'"message"':
+        fields.setdefault("status", msgspec.Raw(b'"completed"'))
+        text = bytes(fields.get("content", b""))
+        if text[:1] == b'"':
+            kind = b"output_text" if bytes(fields.get("role", b"")) == b'"assistant"' else b"input_text"
+            fields["content"] = msgspec.Raw(b'[{"type":"%s","text":%s}]' % (kind, text))
+    return msgspec.json.encode(fields)

@@ -55,9 +55,11 @@ class Turns:
         past: list[msgspec.Raw] = []
         if turn.previous:
             try:
-                past = flatten(await self._store.chain(turn.owner, turn.previous, keep_s=turn.ttl_s))
-            except (RedisError, OSError) as error:
-                raise errors.Unavailable("The conversation cannot be read now.", retry_after_s=1) from error
+                past = flatten(await self._store.past(turn))
+            except (RedisError, OSError) as error:  # no 503: that would be a worker's failure, and another's turn
+                raise errors.Conflict(
+                    "The conversation cannot be read now; ask again.", code="state_unavailable", retry_after_s=1
+                ) from error
         request.pop("previous_response_id", None)
         request["input"] = msgspec.Raw(msgspec.json.encode([*past, *added]))
         request["request_id"] = msgspec.Raw(b'"%s"' % turn.id.encode())

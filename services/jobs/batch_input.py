@@ -11,7 +11,6 @@ import msgspec
 
 from common.dataset import shown
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 MAX_LINES = 50_000
 MAX_NAME_CHARS = 512
 MAX_PROBLEMS = 1000

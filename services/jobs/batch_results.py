@@ -138,8 +138,9 @@ def row(
 def used_by(row: dict[str, Any]) -> dict[str, int]:
     """What one result has cost."""
     used = ((row.get("response") or {}).get("body") or {}).get("usage") or {}
+    details = used.get("prompt_tokens_details") or used.get("input_tokens_details") or {}
     return {
-        "input_tokens": used.get("prompt_tokens") or 0,
-        "output_tokens": used.get("completion_tokens") or 0,
-        "cached_tokens": (used.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+        "input_tokens": used.get("prompt_tokens") or used.get("input_tokens") or 0,
+        "output_tokens": used.get("completion_tokens") or used.get("output_tokens") or 0,
+        "cached_tokens": details.get("cached_tokens") or 0,
     }

@@ -33,6 +33,8 @@ KINDS: dict[Kind, str] = {
     "untaught": "never taught: not answered with something taught",
     "general": "general questions",
 }
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+"""Scripts without blanks between words."""
 console = Console(highlight=False)
 POLL_S = 0.5
 SHOWN = 8
@@ -52,13 +54,21 @@ class Heldout:
     def right(self, said: str, taught: frozenset[str] = frozenset()) -> bool:
         """Whether an answer counts as right. `taught`: the answers in the training file, for untaught questions."""
         if self.kind == "untaught":
-            return not any(answer and answer in words(said) for answer in map(words, taught))
-        return f" {words(self.accept)} " in f" {words(said)} "
+            return not any(stands_in(answer, said) for answer in taught)
+        return stands_in(self.accept, said)
 
 
-def words(text: str) -> str:
-    """A text as its words, in lower case, with a blank between them."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+def stands_in(what: str, said: str) -> bool:
+    """Whether a text has another one in it as whole words, in any case. In Chinese and its like any place will do."""
+    text, wanted = " ".join(said.lower().split()), " ".join(what.lower().split()).rstrip(".!?。！？")
+    before = r"(?<![^\W" + CJK + "])" if re.match(f"[^\\W{CJK}]", wanted) else ""
+    after = r"(?![^\W" + CJK + "]|[+#])" if re.search(f"[^\\W{CJK}]$", wanted) else ""
+    return bool(wanted) and re.search(before + re.escape(wanted) + after, text) is not None
+
+
+def words(text: str) -> list[str]:
+    """A text's words in lower case; of Chinese and its like, every character."""
+    return re.findall(f"[{CJK}]|[^\\W{CJK}]+", text.lower())
 
 
 def pairs(data: bytes) -> list[tuple[str, str]]:
@@ -76,10 +86,10 @@ def pairs(data: bytes) -> list[tuple[str, str]]:
 
 def retrieve(question: str, known: Sequence[tuple[str, str]]) -> str:
     """The answer to the training question that shares most with this one, rare words counting more (TF-IDF, cosine)."""
-    texts = [Counter(words(one).split()) for one, _ in known]
+    texts = [Counter(words(one)) for one, _ in known]
     seen = Counter(word for text in texts for word in text)
     rare = {word: math.log((1 + len(texts)) / (1 + count)) + 1 for word, count in seen.items()}
-    asked = Counter(words(question).split())
+    asked = Counter(words(question))
 
     def likeness(text: Counter[str]) -> float:
         norm = math.sqrt(sum((count * rare[word]) ** 2 for word, count in text.items())) or 1.0
@@ -100,7 +110,7 @@ def read_heldout(path: Path) -> list[Heldout]:
                     raise ValueError(f"kind is {kind!r}; it can be {', '.join(KINDS)}")
                 answer = row.get("answer", "") if kind == "untaught" else row["answer"]
                 found.append(Heldout(row["question"], answer, row.get("accept") or answer, kind))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{path}, line {number}: a row is {{question, answer, accept, kind}} "
                     f"({type(error).__name__}: {error})"
@@ -180,12 +190,13 @@ def score(held: Sequence[Heldout], said: Sequence[str], data: bytes) -> dict[Kin
 
 def compare(before: list[str], after: list[str], held: list[Heldout], data: bytes) -> None:
     """Show what changed, a few answers and the shares of right ones."""
+    known = pairs(data)
+    taught = frozenset(answer for _, answer in known)
     table = Table("question", "before", "after", title="questions that were not trained on", show_lines=True)
     for row, old, new in list(zip(held, before, after, strict=True))[:SHOWN]:
-        mark = [f"[{'green' if row.right(text) else 'red'}]{text[:160]}[/]" for text in (old, new)]
+        mark = [f"[{'green' if row.right(text, taught) else 'red'}]{text[:160]}[/]" for text in (old, new)]
         table.add_row(row.question, *mark)
     console.print(table)
-    known = pairs(data)
     found = {"before": before, "after": after, "most similar row": [retrieve(row.question, known) for row in held]}
     shares = {who: score(held, said, data) for who, said in found.items()}
     table = Table("share of right answers", "rows", *shares)

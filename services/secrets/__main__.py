@@ -26,10 +26,10 @@ user health on nopass resetkeys resetchannels -@all +ping
 user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~flushed:* ~reaped:* %R~aliases \
 ~response:* ~responses:* ~responsesizes:* resetchannels &workers &keys &held &aliases -@all +ping +hello +multi +exec \
 +discard +get +set +del +exists +mget +scan +smembers +srem +hset +hget +hmget +hdel +hexists +hgetall +hvals +xadd \
-+xlen +xrange +zadd +zrem +zrange +zrangebyscore +expire +time +publish +subscribe +unsubscribe +eval
++xlen +xrange +zadd +zrem +zrange +zscore +hincrby +expire +time +publish +subscribe +unsubscribe +eval
 user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage ~flushed:* %R~reaped:* %R~adapters \
 ~response:* ~responses:* ~responsesizes:* resetchannels &workers -@all +ping +hello +multi +exec +discard +get +set \
-+del +exists +sadd +srem +hset +hget +hmget +hdel +hgetall +hvals +xadd +zadd +zrem +zrange +zrangebyscore +expire \
++del +exists +sadd +srem +hset +hget +hmget +hdel +hgetall +hvals +xadd +zadd +zrem +zrange +zscore +hincrby +expire \
 +time +publish +eval
 user jobs on #{jobs} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~adapters ~aliases ~file:* ~files:* ~ftjob:* \
 ~ftjobs:* ~ftqueue ~fttaken ~ftlease:* ~ftevents:* ~ftcheckpoints:* ~bt:* ~bts:* ~btactive \

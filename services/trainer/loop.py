@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import math
 import time
 from pathlib import Path
@@ -199,6 +200,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # untyped
             csv.writer(file).writerow(row)
 
 
+def _gate_rows(folder: Folder) -> list[dict[str, list[int]]]:
+    """The rows on which the served model is compared, as the Trainer takes them."""
+    rows = json.loads(folder.gate.read_text())
+    learnt = [set(row["learnt"]) for row in rows]
+    return [
+        {"input_ids": row["tokens"], "labels": [t if at in known else IGNORED for at, t in enumerate(row["tokens"])]}
+        for row, known in zip(rows, learnt, strict=True)
+    ]
+
+
 def train(
     plan: Plan,
     chosen: Hyperparameters,
@@ -269,12 +280,16 @@ def train(
     if watch.paused:
         return None
     watch.quiet = True
+    compared = _gate_rows(folder)
+    gate_loss = float(trainer.evaluate(eval_dataset=compared)["eval_loss"]) if compared else None
+    trainer.accuracy(False)
     final = trainer.evaluate()
     trainer.model.save_pretrained(folder.adapter, safe_serialization=True)
     state = trainer.state
     return {
         "base_valid_loss": base,
         "valid_loss": float(final["eval_loss"]),
+        **({"gate_loss": gate_loss} if gate_loss is not None else {}),
         "valid_mean_token_accuracy": trainer.accuracy(False),
         "best_step": float(state.best_global_step or state.global_step),
         "steps": float(state.global_step),

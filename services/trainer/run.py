@@ -114,10 +114,10 @@ def prepare(
             for at, prompt in one.prompts
         ][:PROMPTS_COMPARED],
     )
-    write_json(folder.gate, [
+    write_json(folder.gate, gate.spread([
         {"tokens": one.input_ids, "learnt": [at for at, label in enumerate(one.labels) if label != render.IGNORED]}
         for one in parts[1] if len(one.input_ids) < plan.max_tokens  # the worker makes one more
-    ][:gate.ROWS])
+    ]))
     tokens = [len(one.input_ids) for one in parts[0]]
     events.say(
         "data",

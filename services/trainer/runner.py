@@ -216,21 +216,24 @@ class Runner:
         sync_folder(self._folder.root)
         publish.register(self._redis, adapter)
         have = publish.wait_until_served(self._redis, adapter, self._still)
-        self._compare_served(adapter.name, result["valid_loss"])
+        self._compare_served(adapter.name, result.get("gate_loss"))
         self._work.say(f"{adapter.name} is served by {have} worker{'s' if have > 1 else ''}")
         file = self._results_file()
         if not self._end("succeeded", model=adapter.name, tokens=int(result["trained_tokens"]), file=file):
             raise Wished
 
-    def _compare_served(self, name: str, valid_loss: float) -> None:
+    def _compare_served(self, name: str, trained: float | None) -> None:
         """The tuned model against its base, as workers serve them. Raises Refused, HTTPError."""
         rows = json.loads(self._folder.gate.read_text()) if self._folder.gate.exists() else []  # an older release's run
         if rows:
-            address = publish.await_worker(self._redis, name, self._still).address
-            token = self._settings.worker_token
-            verdict = gate.check_served(rows, address, self._job.model, name, token, self._still)
-            gate.check_same(verdict, valid_loss)
+            worker = publish.await_worker(self._redis, name, self._still)
+            most = next(model.max_model_len for model in worker.models if model.id == name)
+            rows, token = [row for row in rows if len(row["tokens"]) < most], self._settings.worker_token
+        if rows:
+            verdict = gate.check_served(rows, worker.address, self._job.model, name, token, self._still)
             self._work.say(str(verdict))
+            if trained is not None and (warning := gate.differs(verdict, trained)):
+                self._work.say(warning, "warn")
 
     def _results_file(self) -> File:
         """The run's figures, for the Files API."""

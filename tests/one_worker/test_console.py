@@ -281,16 +281,40 @@ def test_conversations_are_kept_until_they_are_deleted(page: Page, up: Up) -> No
     expect(page.locator("#messages > li")).to_have_count(0)
 
 
+def test_what_is_deleted_while_it_is_answered_stays_deleted(page: Page) -> None:
+    ask(page, "Write a very long story about a whale.", 2000)
+    expect(page.locator("#messages > li.assistant .text").last).not_to_be_empty()
+    page.get_by_role("button", name="Stop").click()
+    answered(page)
+    ask(page, "And on.", 2000)
+    expect(page.locator("#messages > li.assistant .text").last).not_to_be_empty()
+    page.get_by_role("button", name="delete: Write a very long story").click()
+    expect(page.locator("#messages > li")).to_have_count(0)
+    page.wait_for_timeout(500)
+    assert "whale" not in page.evaluate("JSON.stringify(localStorage)")
+
+
+def test_the_key_forgotten_while_it_answers(page: Page, up: Up) -> None:
+    ask(page, "Write a very long story about a secret.", 2000)
+    expect(page.locator("#messages > li.assistant .text").last).not_to_be_empty()
+    page.get_by_role("button", name="Forget key").click()
+    expect(page.locator("#enter")).to_be_visible()
+    page.wait_for_timeout(500)  # what it was answering ends; nothing of it is kept or shown
+    assert page.locator("#messages > li, #conversations li").count() == 0
+    assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
+
+
 def test_a_batch_from_a_file_to_its_results(page: Page, tmp_path: Path) -> None:
     path = tmp_path / "batch.jsonl"
     path.write_text("".join(json.dumps({"custom_id": f"c{n}", "method": "POST", "url": "/v1/completions", "body": {
         "model": MODEL, "prompt": f"Number {n}:", "max_tokens": 4}}) + "\n" for n in range(5)))
     page.get_by_role("button", name="Batches").click()
     page.locator("#batch-file").set_input_files(path)
-    page.get_by_role("button", name="Upload and start").click()
+    page.get_by_role("button", name="Upload and start").dblclick()
     row = page.locator("#batches-table tbody tr").first
     expect(row).to_contain_text("completed", timeout=60_000)
     expect(row).to_contain_text("5/5")
+    expect(page.locator("#batches-table tbody tr")).to_have_count(1)  # not two
     with page.expect_download() as download:
         row.get_by_role("button", name="results").click()
     assert len(Path(download.value.path()).read_text().splitlines()) == 5

@@ -2,7 +2,7 @@
 
 import { call, json } from "./api.js";
 import { t } from "./i18n.js";
-import { $, fill, make, takesFile, whileShown } from "./page.js";
+import { $, busy, fill, make, takesFile, whileShown } from "./page.js";
 
 const OVER = new Set(["completed", "failed", "expired", "cancelled"]);
 let stop = null, listed = "";
@@ -11,7 +11,7 @@ export function setUp() {
   takesFile($("batch-file"), $("batch-name"));
   $("batch").addEventListener("submit", (event) => {
     event.preventDefault();
-    act(start);
+    busy($("batch"), () => act(start));
   });
 }
 
@@ -37,12 +37,11 @@ async function start() {
   const file = $("batch-file").files[0];
   if (!file) return;
   const first = (await file.slice(0, 1 << 20).text()).split("\n", 1)[0];
-  let endpoint;
+  let endpoint = null;
   try {
     endpoint = JSON.parse(first).url;
-  } catch {
-    throw new Error(t("not a batch"));
-  }
+  } catch { /* said below */ }
+  if (typeof endpoint !== "string") throw new Error(t("not a batch"));
   const form = new FormData();
   form.append("purpose", "batch");
   form.append("file", file);
@@ -54,8 +53,9 @@ async function refresh() {
   let batches;
   try {
     batches = (await json("/v1/batches?limit=50")).data;
+    $("batches-error").textContent = "";
   } catch (error) {
-    $("batch-error").textContent = `${t("no answer")} ${error.message}`;
+    $("batches-error").textContent = `${t("no answer")} ${error.message}`;
     return;
   }
   const now = JSON.stringify([t("show"), batches.map((batch) => [batch.id, batch.status, batch.request_counts])]);

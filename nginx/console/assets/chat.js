@@ -27,7 +27,10 @@ export async function show() {
 }
 
 /** Another key's, or nobody's: what is shown is not theirs. */
-export const forget = () => open(fresh());
+export function forget() {
+  open(fresh());
+  $("conversations").replaceChildren();
+}
 
 function open(conversation) {
   running?.abort();
@@ -137,8 +140,8 @@ async function ask(text) {
   }
   put(item, "assistant", seen.text);
   if (seen.text) asked.messages.push({ role: "assistant", content: seen.text });
-  if (key()) kept.keep(asked);
-  list();
+  kept.keep(asked);
+  if (key()) list();
   item.append(facts(seen, started));
   $("messages").scrollTop = $("messages").scrollHeight;
 }

@@ -11,8 +11,15 @@ const TAGS = ["p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "strong", "em
 
 /** A fragment. Links open elsewhere and say nothing about where they were; code can be copied. */
 export function render(text) {
-  const fragment = DOMPurify.sanitize(marked.parse(text), { ALLOWED_TAGS: TAGS, ALLOWED_ATTR: ["href", "start"], RETURN_DOM_FRAGMENT: true });
+  let html;
+  try {
+    html = marked.parse(text);
+  } catch {
+    html = `<p>${escape(text)}</p>`;   // thousands of nested lists are more than it can read
+  }
+  const fragment = DOMPurify.sanitize(html, { ALLOWED_TAGS: TAGS, ALLOWED_ATTR: ["href", "start"], RETURN_DOM_FRAGMENT: true });
   for (const link of fragment.querySelectorAll("a")) Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
+  if (!navigator.clipboard) return fragment;   // a page without https, from another machine
   for (const block of fragment.querySelectorAll("pre")) {
     const button = make("button", { className: "plain copy", type: "button" }, t("copy"));
     button.addEventListener("click", async () => {

@@ -27,6 +27,18 @@ export function bar(share) {
   return make("span", make("meter", { min: 0, max: 1, high: 0.95, optimum: 0, low: 0.8, value: share }), ` ${percent(share)}`);
 }
 
+/** Do a form's work once: its button waits until it is done. */
+export async function busy(form, work) {
+  const button = form.querySelector("button[type=submit]");
+  if (button.disabled) return;
+  button.disabled = true;
+  try {
+    await work();
+  } finally {
+    button.disabled = false;
+  }
+}
+
 /** Let a file be dropped on an input's label, and say its name. */
 export function takesFile(input, name) {
   const label = input.labels[0];

@@ -2,7 +2,7 @@
 
 import { call, json } from "./api.js";
 import { t } from "./i18n.js";
-import { $, chart, fill, make, seconds, takesFile, whileShown } from "./page.js";
+import { $, busy, chart, fill, make, seconds, takesFile, whileShown } from "./page.js";
 
 const OVER = new Set(["succeeded", "failed", "cancelled"]);
 let chosen = null, stop = null, drawLoss = null, openChat = () => {};
@@ -13,7 +13,7 @@ export function setUp(toChat) {
   takesFile($("file"), $("file-name"));
   $("tune").addEventListener("submit", (event) => {
     event.preventDefault();
-    train();
+    busy($("tune"), train);
   });
   for (const verb of ["pause", "resume", "cancel"]) {
     $(`job-${verb}`).addEventListener("click", () => act(() => call(`/v1/fine_tuning/jobs/${chosen}/${verb}`, { method: "POST" })));
