@@ -28,10 +28,11 @@ from bench.features import first_and_second
 from bench.lifecycle import DATA
 from bench.stack import Figures, real_stack, workshop
 from services.jobs.checks import run_check
+from services.local.plan import ROOT
 from tests.containers import composed
 from tests.harness import Stack, body, running, wait_for
 from tests.life_cycle import STEPS, BatchLife, JobLife, profile
-from tests.up import MODEL
+from tests.up import MODEL, started
 
 BOUNDS = {
     "lifecycle_steps": ">= 20000",
@@ -46,6 +47,7 @@ BOUNDS = {
     "first_logprobs_ratio": "<= 2",
     "feature_deaths": "0",
     "feature_first_ratio": "<= 5",
+    "restore_equal": "1",
     "fuzz_cases": ">= 20000",
     "fuzz_5xx": "0",
     "fuzz_authz": "0",
@@ -337,8 +339,36 @@ def worker_of(sdk: openai.OpenAI) -> str:
     return raw.headers["x-owngpt-worker"]
 
 
+def restore() -> Figures:
+    """Whether what clients see is the same after backup and restore into an empty place, the tuned model answering."""
+    with workshop() as folder:
+        (folder / "first").mkdir()
+        archive = folder / "backup.tar.gz"
+        with started(folder / "first", 1) as up:
+            made = fuzzing.make_things(up.base, up.key, MODEL)
+            for number in range(20):
+                up.ask(f"Say {number}.", max_tokens=2)
+            wait_for(lambda: up.sdk.fine_tuning.jobs.retrieve(made["job_id"]).status == "succeeded", "the job's end", 400)
+            wait_for(lambda: up.sdk.batches.retrieve(made["batch_id"]).status == "completed", "the batch's end", 60)
+            time.sleep(3)  # usage is added up
+            before, state = up.kept(), up.state
+            subprocess.run([sys.executable, "-m", "services.local", "backup", str(archive)], cwd=ROOT, check=True,
+                           env=os.environ | {"STATE_DIR": str(state)})
+        again = folder / "again/state"
+        subprocess.run([sys.executable, "-m", "services.local", "restore", str(archive)], cwd=ROOT, check=True,
+                       env=os.environ | {"STATE_DIR": str(again)})
+        with started(folder / "again", 1) as up:
+            model = before["jobs"][0]["fine_tuned_model"]
+            wait_for(lambda: model in [one.id for one in up.sdk.models.list()], "the tuned model", 60)
+            same = up.kept() == before
+            up.ask("?", model=model)
+            print({kind: len(things) for kind, things in before.items()}, "equal" if same else "NOT EQUAL", flush=True)
+        return {"restore_equal": float(same)}
+
+
 GROUPS = {
     "lifecycle": lifecycle, "redis_full": redis_full, "redis_slow": redis_slow, "slow_reader": slow_reader, "batch": batch,
     "jobs_peak": jobs_peak, "first_logprobs": first_logprobs, "fuzz": fuzz,
     "container": container,
+    "restore": restore,
 }

@@ -318,7 +318,7 @@ class TestJobs:
         alias = httpx.put(f"{up.base}/v1/aliases/kept", headers={"authorization": f"Bearer {up.key}"}, json={"model": name})
         assert alias.status_code == 200
         time.sleep(1)  # the last records are added up
-        BACKUP["state"], BACKUP["model"] = everything(up), name
+        BACKUP["state"], BACKUP["model"] = up.kept(), name
         archive = up.state.parent / "backup.tar.gz"
         command = [sys.executable, "-m", "services.local", "backup", str(archive)]
         env = os.environ | {"STATE_DIR": str(up.state)}
@@ -368,21 +368,6 @@ class TestJobs:
 
 
 BACKUP: dict[str, Any] = {}
-
-
-def everything(up: Up) -> dict[str, Any]:
-    """What a backup is to bring back, as clients see it."""
-    headers = {"authorization": f"Bearer {up.key}"}
-
-    def get(path: str) -> Any:
-        return httpx.get(up.base + path, headers=headers, timeout=20).json()
-
-    files = get("/v1/files?limit=10000")["data"]
-    return {
-        "files": files, "bytes": {f["id"]: len(httpx.get(f"{up.base}/v1/files/{f['id']}/content", headers=headers).content) for f in files},
-        "jobs": get("/v1/fine_tuning/jobs?limit=100")["data"], "aliases": get("/v1/aliases")["data"], "usage": get("/v1/usage")["days"],
-        "events": {j["id"]: get(f"/v1/fine_tuning/jobs/{j['id']}/events?limit=100")["data"] for j in get("/v1/fine_tuning/jobs")["data"]},
-    }
 
 
 def chat(name: str, text: str, **fields: object) -> dict:
@@ -508,7 +493,7 @@ class TestBackup:
         try:
             assert restored.key == up.key
             wait_for(lambda: BACKUP["model"] in [m.id for m in restored.sdk.models.list()], "the tuned model", 60)
-            assert everything(restored) == BACKUP["state"]
+            assert restored.kept() == BACKUP["state"]
             for model in (BACKUP["model"], "kept"):
                 assert restored.sdk.chat.completions.create(model=model, messages=[{"role": "user", "content": "?"}], max_tokens=2)
         finally:

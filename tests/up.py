@@ -9,6 +9,7 @@ import time
 import xmlrpc.client
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -34,7 +35,7 @@ def launch(state: Path, port: int, **dials: str) -> subprocess.Popen[str]:
 def started(folder: Path, workers: int, **dials: str) -> "Iterator[Up]":
     """A `make up` from an empty state in `folder`; a bundled model that an earlier start has unpacked is not unpacked again."""
     state, kept = folder / "state", ROOT / ".state/models"
-    state.mkdir()
+    state.mkdir(exist_ok=True)
     if kept.exists():
         (state / "models").symlink_to(kept)
     print(f"\nstarting {workers} real worker(s), about a minute", flush=True)
@@ -112,11 +113,25 @@ class Up:
                 found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:80]
         return found
 
+    def kept(self) -> dict[str, Any]:
+        """What a backup is to bring back, as clients see it."""
+        headers = {"authorization": f"Bearer {self.key}"}
+
+        def get(path: str) -> Any:
+            return httpx.get(self.base + path, headers=headers, timeout=20)
+
+        files, jobs = get("/v1/files?limit=10000").json()["data"], get("/v1/fine_tuning/jobs?limit=100").json()["data"]
+        return {
+            "files": files, "bytes": {f["id"]: len(get(f"/v1/files/{f['id']}/content").content) for f in files}, "jobs": jobs,
+            "aliases": get("/v1/aliases").json()["data"], "usage": get("/v1/usage").json()["days"],
+            "events": {j["id"]: get(f"/v1/fine_tuning/jobs/{j['id']}/events?limit=100").json()["data"] for j in jobs},
+        }
+
     def ask(self, text: str, **options: object) -> object:
         """A short greedy chat, answered by a worker and not from memory."""
         return self.sdk.chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": text}],
-            **{"max_tokens": 16, "temperature": 0, "extra_headers": {"cache-control": "no-store"}, **options},
+            messages=[{"role": "user", "content": text}],
+            **{"model": MODEL, "max_tokens": 16, "temperature": 0, "extra_headers": {"cache-control": "no-store"}, **options},
         )
 
     def records(self) -> list[str]:
