@@ -159,13 +159,7 @@ class TestDataset:
             training = dataset.read(lines)
         assert training.problems == []
         assert training.duplicates == []
-        held = [json.loads(line) for line in (EXAMPLES / "owngpt-heldout.jsonl").read_text().splitlines()]
-        asked = {example.messages[0]["content"] for example in training.examples}
         assert len(training.examples) == 300
-        assert len(held) == 60
-        for row in held:
-            assert row["question"] not in asked
-            assert row["accept"].lower() in row["answer"].lower()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """How `make finetune` judges answers. The whole way is in `test_lifecycle.py`."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def test_the_example_is_answerable_and_a_wrong_kind_is_named(tmp_path: Path) -> 
     held = read_heldout(ROOT / "examples/owngpt-heldout.jsonl")
     data = (ROOT / "examples/owngpt-qa.jsonl").read_bytes()
     assert score(held, [row.answer for row in held], data) == {"taught": 1.0, "untaught": 1.0, "general": 1.0}
+    assert Counter(row.kind for row in held) == {"taught": 60, "untaught": 12, "general": 12}
     asked = {question for question, _ in pairs(data)}
     assert not [row.question for row in held if row.question in asked]
     (tmp_path / "x.jsonl").write_text('{"question": "a", "answer": "b", "kind": "odd"}\n')
