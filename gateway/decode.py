@@ -60,6 +60,10 @@ _decoder = msgspec.json.Decoder(Ask)
 _FIRST = re.compile(rb'\[\s*(["\[{])')
 _SCORED = ("documents", "queries", "items", "text_1", "text_2", "data_1", "data_2")
 """Each of which may be many texts, or objects."""
+_DIGITS = bytes(48 if 48 <= byte <= 57 else 32 for byte in range(256))
+"""`bytes.translate`: every digit a 0, anything else a blank."""
+_MANY_DIGITS = b"0" * 19
+_INTEGER = re.compile(rb"(?<![\d.eE+-])-?\d{19,}(?![\d.eE])")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _FIELD = re.compile(r"\$\.([A-Za-z_][\w.]*)")
 _MISSING = re.compile(r"missing required field `(\w+)`")
@@ -79,6 +83,18 @@ def _count(said: RawJson, *, objects: bool = False) -> int:
     if first[1] == b"[":
         return (_STRING.sub(b"", said) if b'"' in bytes(said) else bytes(said)).count(b"[") - 1
     return bytes(said).replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') // 2
+
+
+def _refuse_large_integers(body: bytes) -> None:
+    """Raise for an integer over 64 bits: engines hand their requests on in 64 bits, and fail, whatever field it is in.
+
+    That failure would look like a worker's, and every worker would be asked in turn.
+    """
+    for found in _INTEGER.finditer(_STRING.sub(b"", body)):
+        if not -(2**63) <= int(found[0][:40]) < 2**63:
+            raise InvalidRequest(
+                f"The number {found[0][:40].decode()} is larger than 64 bits hold.", code="invalid_value"
+            )
 
 
 def decode(path: str, body: bytes, max_n: int) -> Ask:
@@ -119,6 +135,8 @@ def decode(path: str, body: bytes, max_n: int) -> Ask:
         raise InvalidRequest("priority: requests are served in their order; leave it out.", param="priority")
     if bytes(ask.chat_template) not in (b"", b"null"):
         raise InvalidRequest("chat_template: templates from requests are not accepted.", param="chat_template")
+    if _MANY_DIGITS in body.translate(_DIGITS):
+        _refuse_large_integers(body)
     needs = ROUTES[path][1]
     if needs and not any(getattr(ask, field) for field in needs):
         raise InvalidRequest(

@@ -219,6 +219,21 @@ def test_no_route_answers_5xx_or_tells_what_is_anothers(up: Up) -> None:
     assert found.statuses[200] > 50
 
 
+def test_no_number_is_a_worker_s_failure(up: Up) -> None:
+    """Refused or answered, whatever it is; and no engine dies of it."""
+    engines = up.engine_pids()
+    fields = ("top_k", "min_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens", "seed", "n", "min_p", "repetition_penalty",
+              "stop_token_ids", "allowed_token_ids", "logit_bias", "thinking_token_budget")
+    with httpx.Client(base_url=up.base, headers={"authorization": f"Bearer {up.key}"}, timeout=60) as client:
+        for field in fields:
+            for value in (-2, 0, 2**31 - 1, 2**31, 2**32, 2**63 - 1, -(2**63), 2**64, 10**30):
+                said = [value] if field.endswith("_ids") else {str(value): 1} if field == "logit_bias" else value
+                answer = client.post("/v1/completions", json={"model": MODEL, "prompt": "Hi", "max_tokens": 1, field: said})
+                assert answer.status_code in (200, 400), (field, value, answer.text)
+    assert up.engine_pids() == engines
+    assert up.ask("Still there?")
+
+
 def test_image_urls_are_not_fetched(up: Up) -> None:
     with pytest.raises(openai.BadRequestError):
         up.sdk.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": [

@@ -75,6 +75,20 @@ def test_numbers_beyond_any_float_are_no_poison(shared: Stack) -> None:
         assert client.post(CHAT, content=raw).status_code == 200
 
 
+@pytest.mark.parametrize(("field", "status"), [
+    (f'"x":{2**63}', 400), (f'"x":[1,-{2**63 + 1}]', 400), ('"x":' + "9" * 5000, 400), (f'"x":{{"y":{10**30}}}', 400),
+    (f'"x":{2**63 - 1}', 200), (f'"x":-{2**63}', 200), ('"x":1.23456789012345678901234567890', 200), ('"x":12345678901234567890.5', 200),
+    ('"x":"12345678901234567890"', 200), (r'"x":"\"12345678901234567890"', 200), ('"x":1e30', 200),
+])
+def test_no_integer_over_64_bits_reaches_an_engine(shared: Stack, field: str, status: int) -> None:
+    """`top_k` of 27 digits was a 500 of every worker, one after the other, and each was avoided for it."""
+    raw = '{"model":"fake","messages":[{"role":"user","content":"say 2"}],' + field + "}"
+    with shared.client() as client:
+        answer = client.post(CHAT, content=raw)
+    assert answer.status_code == status
+    assert status == 200 or "64 bits" in answer.json()["error"]["message"]
+
+
 def test_stream_on_a_route_without_streams_is_still_metered(stack: Stack) -> None:
     stack.add_worker("w1")
     with stack.client() as client:
