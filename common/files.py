@@ -54,19 +54,49 @@ def pieces(source: BinaryIO) -> Iterator[bytes]:
     return iter(lambda: source.read(PIECE_BYTES), b"")
 
 
+class Whole:
+    """A file that is on the disk itself, all of it, or not at all: opened, written, then `keep`, or `drop`.
+
+    All of it raises OSError.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target, self._partial = target, target.with_suffix(PARTIAL)
+        self._file: BinaryIO | None = None
+        self.bytes = 0
+
+    def write(self, data: bytes) -> None:
+        """Some more. The first one opens it."""
+        if self._file is None:
+            self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by keep or drop
+        self.bytes += self._file.write(data)
+
+    def keep(self) -> None:
+        """From now on it is there, under its name."""
+        self.write(b"")
+        assert self._file is not None  # noqa: S101 - just written
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        replace(self._partial, self._target)
+
+    def drop(self) -> None:
+        """Leave nothing of what was not kept."""
+        if self._file is not None:
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
 def write_whole(chunks: Iterable[bytes], target: Path) -> int:
-    """Write `target`, on the disk itself, all of it or nothing. Returns the size in bytes. Raises OSError."""
-    partial = target.with_suffix(PARTIAL)
+    """Write `target`, all of it or nothing. Returns the size in bytes. Raises OSError."""
+    whole = Whole(target)
     try:
-        with open(partial, "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        replace(partial, target)
+        for chunk in chunks:
+            whole.write(chunk)
+        whole.keep()
     finally:
-        partial.unlink(missing_ok=True)
-    return size
+        whole.drop()
+    return whole.bytes
 
 
 def replace(source: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ from loguru import logger
 
 from common import errors
 from common.answers.store import Store
-from common.asgi import Message, Receive, Scope, Send
+from common.asgi import Message, Receive, Scope, Send, replayed
 from common.metering import context, engine_errors
 from common.metering.context import CONTEXT
 from common.metering.meter import Meter
@@ -192,15 +192,3 @@ async def unless_gone(deciding: "asyncio.Task[Decision]", body: Body) -> Decisio
         return deciding.result()
     finally:
         await end_tasks([deciding, leaving])
-
-
-def replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives a body that was read already."""
-    waiting = [body]
-
-    async def replay() -> Message:
-        if waiting:
-            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
-        return await receive()
-
-    return replay

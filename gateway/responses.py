@@ -1,5 +1,6 @@
 """`/v1/responses/{id}`: what was answered, read and deleted by its key. Making one is work of the path and a worker."""
 
+import re
 from typing import Annotated, Literal
 
 import msgspec
@@ -14,6 +15,7 @@ from gateway.turns import is_response_id
 OWNER = "owngpt.key"
 """In a scope: the `ApiKey` that asks."""
 JSON = "application/json"
+_PLACE = re.compile(r"[0-9]{1,9}")
 
 
 def add_response_routes(api: FastAPI) -> None:
@@ -44,19 +46,18 @@ def add_response_routes(api: FastAPI) -> None:
         links = await store.listed(owner, name) if is_response_id(name) else []
         if not links:
             raise _missing(name)
-        items = list(enumerate(context(links)))
-        if order == "desc":
-            items.reverse()
+        items = context(links)
+        places = range(len(items)) if order == "asc" else range(len(items))[::-1]
         if after:
-            at = next((at for at, (place, _) in enumerate(items) if _named(name, place) == after), None)
-            if at is None:
+            place = after.rpartition("_")[2]
+            if after != _named(name, place) or not _PLACE.fullmatch(place) or int(place) >= len(items):
                 raise InvalidRequest(f"after: there is no item {after[:80]!r}.", param="after")
-            items = items[at + 1 :]
-        page = items[:limit]
-        names = [_named(name, place) for place, _ in page]
+            places = places[places.index(int(place)) + 1 :]
+        names = [_named(name, place) for place in places[:limit]]
         return Response(msgspec.json.encode({
-            "object": "list", "data": [msgspec.Raw(shown(item, _named(name, place))) for place, item in page],
-            "has_more": len(items) > limit,
+            "object": "list",
+            "data": [msgspec.Raw(shown(items[at], item)) for at, item in zip(places, names, strict=False)],
+            "has_more": len(places) > limit,
             "first_id": names[0] if names else None, "last_id": names[-1] if names else None,
         }), media_type=JSON)
 
@@ -80,7 +81,7 @@ async def _read(request: Request, name: str) -> bytes:
     return said
 
 
-def _named(name: str, place: int) -> str:
+def _named(name: str, place: int | str) -> str:
     """What an item is called: a client's own names may come twice."""
     return f"item_{name}_{place}"
 

@@ -69,7 +69,8 @@ def choose(pool: Pool, model: str, scope: str, prompt: bytes, holders: Holders, 
         return Route(pool.workers[0], "only")
     seen = look_at(pool.workers)
     if last:
-        warm = [worker for worker in pool.workers if tag(worker.beat.id) == last and worker.load <= _limit(seen)]
+        limit = _limit(seen)
+        warm = [worker for worker in pool.workers if tag(worker.beat.id) == last and worker.load <= limit]
         return Route(least_loaded(warm), "last-turn") if warm else Route(least_loaded(seen), "least-in-flight")
     if len(prompt) < PREFIX_BYTES[-1]:
         return Route(least_loaded(seen), "least-in-flight")

@@ -37,6 +37,7 @@ from gateway.routes import add_routes as add_gateway_routes
 from services.jobs.routes import add_routes as add_jobs_routes
 from services.ledger.app import add_routes as add_ledger_routes
 from services.local.plan import ROOT
+from tests.generated import write_or_check
 
 PAGE = ROOT / "nginx/console/openapi.json"
 Schema = dict[str, Any]
@@ -169,14 +170,5 @@ def distinct(parts: Iterator[Schema]) -> list[Schema]:
     return [{}] if {} in found else found
 
 
-def main() -> int:
-    """The command."""
-    text = json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
-    if "--check" in sys.argv:
-        return int(not PAGE.exists() or PAGE.read_text() != text)
-    PAGE.write_text(text)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, json.dumps(document(), indent=1, ensure_ascii=False) + "\n"))

@@ -4,6 +4,7 @@ import re
 import sys
 
 from services.local.plan import ROOT
+from tests.generated import write_or_check
 
 PAGE = ROOT / "docs/redis.md"
 
@@ -33,14 +34,5 @@ def table(text: str) -> list[str]:
             *(f"| `{row[0]}` | {row[1]} | {row[2] if len(row) > 2 else ''} |" for row in rows)]
 
 
-def main() -> int:
-    """The command."""
-    text = page()
-    if "--check" in sys.argv:
-        return int(not PAGE.exists() or PAGE.read_text() != text)
-    PAGE.write_text(text)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, page()))

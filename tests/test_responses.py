@@ -186,7 +186,8 @@ def test_a_stored_response_is_neither_streamed_nor_cancelled(shared: Stack) -> N
         assert client.get(f"/v1/responses/{name}?stream=true").status_code == 400
         assert client.post(f"/v1/responses/{name}/cancel").status_code == 400
         assert client.get(f"/v1/responses/{name}/input_items?limit=1000").status_code == 400
-        assert client.get(f"/v1/responses/{name}/input_items?after=x").status_code == 400
+        for after in ("x", f"item_{name}_9", f"item_{name}_" + "9" * 4400, f"item_{name}_-1", f"item_{name}_", f"item_{name}_\u0661"):
+            assert client.get(f"/v1/responses/{name}/input_items", params={"after": after}).status_code == 400, after
         assert client.get("/v1/responses/resp_").status_code == 404
         assert client.delete("/v1/responses/..%2f..%2fx").status_code == 404
 

@@ -9,7 +9,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from common import errors
-from common.asgi import App, Message, Receive, Scope, Send
+from common.asgi import App, Message, Receive, Scope, Send, replayed
 from common.metering import sse
 from common.metering.context import Turn
 from common.metering.rewrite import decode_raw
@@ -43,7 +43,7 @@ class Turns:
             return
         headers = [(n, v) for n, v in scope["headers"] if n != b"content-length"]
         scope = {**scope, "headers": [*headers, (b"content-length", b"%d" % len(body))]}
-        await self._app(scope, _first(body, receive), _Answer(turn, self._store, items, send).on_message)
+        await self._app(scope, replayed(body, receive), _Answer(turn, self._store, items, send).on_message)
 
     async def _with_past(self, turn: Turn, body: bytes) -> tuple[bytes, bytes]:
         """(the items that this turn adds, the body that the engine gets). Raises ApiError."""
@@ -134,15 +134,3 @@ class _Answer:
         if await self._store.save(turn, self._items, said):
             return said
         return msgspec.json.encode({**document, "store": msgspec.Raw(b"false")})
-
-
-def _first(body: bytes, receive: Receive) -> Receive:
-    """`receive` with a body before whatever else comes."""
-    waiting = [body]
-
-    async def first() -> Message:
-        if waiting:
-            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
-        return await receive()
-
-    return first

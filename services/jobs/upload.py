@@ -5,54 +5,27 @@ Nothing waits in memory or beside its copy. An upload that is cut off, or refuse
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import BinaryIO
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from common.errors import InvalidRequest
-from common.files import PARTIAL, new_id, replace
+from common.files import Whole, new_id
 
 MAX_FIELDS, MAX_FIELD_BYTES = 8, 1024
 PIECE_BYTES = 256 * 1024
 """Written at once, in a thread."""
 
 
-class Incoming:
-    """Bytes on their way to be a file of `folder`: written, then `keep`, or `drop`."""
+class Incoming(Whole):
+    """Bytes on their way to be a file of `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.id = new_id("file")
-        self.bytes = 0
-        self._target = folder / self.id
-        self._partial = self._target.with_suffix(PARTIAL)
-        self._file: BinaryIO | None = None
-
-    def write(self, data: bytes) -> None:
-        """Some more. Raises OSError."""
-        if self._file is None:
-            self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by keep or drop
-        self.bytes += self._file.write(data)
-
-    def keep(self) -> None:
-        """On the disk itself, under its name. Raises OSError."""
-        if self._file is None:
-            self.write(b"")
-        assert self._file is not None  # noqa: S101 - just opened
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        replace(self._partial, self._target)
-
-    def drop(self) -> None:
-        """Leave nothing of what was not kept."""
-        if self._file is not None:
-            self._file.close()
-        self._partial.unlink(missing_ok=True)
+        super().__init__(folder / self.id)
 
 
 class Form:

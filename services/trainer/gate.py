@@ -88,8 +88,8 @@ def judge(tokens: Sequence[int], tuned: Sequence[float], base: Sequence[float]) 
     total, count = sum(tokens), len(tokens)
     means = sum(tuned) / total, sum(base) / total
     gap = means[1] - means[0]
-    spread = [b - t - gap * n for t, b, n in zip(tuned, base, tokens, strict=True)]
-    error = statistics.stdev(spread) * math.sqrt(count) / total if count > 1 else math.inf
+    residuals = [b - t - gap * n for t, b, n in zip(tuned, base, tokens, strict=True)]
+    error = statistics.stdev(residuals) * math.sqrt(count) / total if count > 1 else math.inf
     return Verdict(*means, error, count)
 
 

@@ -34,6 +34,14 @@ export async function call(path, options = {}) {
 
 export const json = async (path, options) => (await call(path, options)).json();
 
+/** Keep a file of the reader's. Returns its id. */
+export async function upload(file, purpose) {
+  const form = new FormData();
+  form.append("purpose", purpose);
+  form.append("file", file);
+  return (await json("/v1/files", { body: form })).id;
+}
+
 /** The JSON documents of a stream of server-sent events. Throws ApiError for an error event. */
 export async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,8 +1,8 @@
 // Batches: upload a file of requests, watch it, stop it, fetch what came out.
 
-import { call, json } from "./api.js";
+import { call, json, upload } from "./api.js";
 import { t } from "./i18n.js";
-import { $, busy, fill, make, takesFile, whileShown } from "./page.js";
+import { $, acting, busy, fill, make, takesFile, whileShown } from "./page.js";
 
 const OVER = new Set(["completed", "failed", "expired", "cancelled"]);
 let stop = null, listed = "";
@@ -22,15 +22,7 @@ export function show() {
 
 export const hide = () => stop?.();
 
-async function act(work) {
-  try {
-    await work();
-    $("batch-error").textContent = "";
-    await refresh();
-  } catch (error) {
-    $("batch-error").textContent = error.message;
-  }
-}
+const act = acting($("batch-error"), () => refresh());
 
 /** The file says by its first line where its requests go. */
 async function start() {
@@ -42,11 +34,8 @@ async function start() {
     endpoint = JSON.parse(first).url;
   } catch { /* said below */ }
   if (typeof endpoint !== "string") throw new Error(t("not a batch"));
-  const form = new FormData();
-  form.append("purpose", "batch");
-  form.append("file", file);
-  const kept = await json("/v1/files", { body: form });
-  await json("/v1/batches", { json: { input_file_id: kept.id, endpoint, completion_window: "24h" } });
+  const id = await upload(file, "batch");
+  await json("/v1/batches", { json: { input_file_id: id, endpoint, completion_window: "24h" } });
 }
 
 async function refresh() {

@@ -27,6 +27,19 @@ export function bar(share) {
   return make("span", make("meter", { min: 0, max: 1, high: 0.95, optimum: 0, low: 0.8, value: share }), ` ${percent(share)}`);
 }
 
+/** `act(work)`: does it and refreshes the view, or says under `place` why not. */
+export function acting(place, refresh) {
+  return async (work) => {
+    try {
+      await work();
+      place.textContent = "";
+      await refresh();
+    } catch (error) {
+      place.textContent = error.message;
+    }
+  };
+}
+
 /** Do a form's work once: its button waits until it is done. */
 export async function busy(form, work) {
   const button = form.querySelector("button[type=submit]");

@@ -1,8 +1,8 @@
 // Fine-tuning: upload a file, see every bad line, watch the loss, try the result.
 
-import { call, json } from "./api.js";
+import { call, json, upload } from "./api.js";
 import { t } from "./i18n.js";
-import { $, busy, chart, fill, make, seconds, takesFile, whileShown } from "./page.js";
+import { $, acting, busy, chart, fill, make, seconds, takesFile, whileShown } from "./page.js";
 
 const OVER = new Set(["succeeded", "failed", "cancelled"]);
 let chosen = null, stop = null, drawLoss = null, openChat = () => {};
@@ -29,29 +29,18 @@ export async function show() {
 
 export const hide = () => stop?.();
 
-async function act(work) {
-  try {
-    await work();
-    $("tune-error").textContent = "";
-    await refresh();
-  } catch (error) {
-    $("tune-error").textContent = error.message;
-  }
-}
+const act = acting($("tune-error"), () => refresh());
 
 async function train() {
   const file = $("file").files[0];
   if (!file) return;
   $("tune-said").textContent = t("uploading");
   await act(async () => {
-    const form = new FormData();
-    form.append("purpose", "fine-tune");
-    form.append("file", file);
-    const kept = await json("/v1/files", { body: form });
+    const id = await upload(file, "fine-tune");
     const epochs = $("epochs").value;
     const job = await json("/v1/fine_tuning/jobs", {
       json: {
-        model: $("base").value, training_file: kept.id, suffix: $("suffix").value || undefined,
+        model: $("base").value, training_file: id, suffix: $("suffix").value || undefined,
         hyperparameters: epochs ? { n_epochs: Number(epochs) } : undefined,
       },
     });
