@@ -327,10 +327,12 @@ def container() -> Figures:
         file = sdk.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
         job = sdk.fine_tuning.jobs.create(model=MODEL, training_file=file.id, suffix="boxed", hyperparameters={"n_epochs": 1})
         wait_for(lambda: sdk.fine_tuning.jobs.retrieve(job.id).status in ("succeeded", "failed"), "the job's end", 400)
-        before, deaths = worker_of(sdk), 0
-        took = first_and_second(sdk, MODEL, sdk.fine_tuning.jobs.retrieve(job.id).fine_tuned_model or "")
-        deaths += worker_of(sdk) != before
-        return {"feature_deaths": float(deaths), "feature_first_ratio": max(first / second for first, second in took.values())}
+        adapter = sdk.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
+        assert adapter, "no adapter to ask"
+        before = worker_of(sdk)
+        took = first_and_second(sdk, MODEL, adapter)
+        return {"feature_deaths": float(worker_of(sdk) != before),
+                "feature_first_ratio": max(first / second for first, second in took.values())}
 
 
 def worker_of(sdk: openai.OpenAI) -> str:

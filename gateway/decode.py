@@ -63,8 +63,12 @@ _SCORED = ("documents", "queries", "items", "text_1", "text_2", "data_1", "data_
 _DIGITS = bytes(48 if 48 <= byte <= 57 else 32 for byte in range(256))
 """`bytes.translate`: every digit a 0, anything else a blank."""
 _MANY_DIGITS = b"0" * 19
-_INTEGER = re.compile(rb"(?<![\d.eE+-])-?\d{19,}(?![\d.eE])")
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+MAX_LONG_NUMBERS = 20_000
+"""Numbers of so many digits in one request, in texts or outside: each is looked at."""
+_NUMBER = re.compile(rb"[0-9]+([.eE]?)")
+_FRACTION = (b".", b"e", b"E", b"+")
+"""Before digits that are no integer's."""
+_NOT_BRACKETS = bytes(set(range(256)) - set(b'"[{'))
 _FIELD = re.compile(r"\$\.([A-Za-z_][\w.]*)")
 _MISSING = re.compile(r"missing required field `(\w+)`")
 
@@ -79,10 +83,21 @@ def _count(said: RawJson, *, objects: bool = False) -> int:
     if len(said) <= MAX_PROMPTS or (first := _FIRST.match(said)) is None:
         return 1
     if first[1] == b"{":
-        return _STRING.sub(b"", said).count(b"{") if objects else 1
+        return _count_outside(said, b"{") if objects else 1
     if first[1] == b"[":
-        return (_STRING.sub(b"", said) if b'"' in bytes(said) else bytes(said)).count(b"[") - 1
-    return bytes(said).replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') // 2
+        return _count_outside(said, b"[") - 1
+    return _unescaped(said).count(b'"') // 2
+
+
+def _unescaped(json: bytes) -> bytes:
+    """Valid JSON without its escapes of quotes: every quote that is left begins or ends a string."""
+    return bytes(json).replace(b"\\\\", b"").replace(b'\\"', b"")
+
+
+def _count_outside(json: bytes, bracket: bytes) -> int:
+    """How often a bracket stands outside of strings. Those without any go first: there may be millions of them."""
+    left = _unescaped(json).translate(None, _NOT_BRACKETS).replace(b'""', b"")
+    return sum(part.count(bracket) for part in left.split(b'"')[::2])
 
 
 def _refuse_large_integers(body: bytes) -> None:
@@ -90,11 +105,26 @@ def _refuse_large_integers(body: bytes) -> None:
 
     That failure would look like a worker's, and every worker would be asked in turn.
     """
-    for found in _INTEGER.finditer(_STRING.sub(b"", body)):
-        if not -(2**63) <= int(found[0][:40]) < 2**63:
-            raise InvalidRequest(
-                f"The number {found[0][:40].decode()} is larger than 64 bits hold.", code="invalid_value"
-            )
+    clean = _unescaped(body)
+    digits, at, quotes = clean.translate(_DIGITS), 0, 0
+    for _ in range(MAX_LONG_NUMBERS):
+        found = digits.find(_MANY_DIGITS, at)
+        if found < 0:
+            return
+        quotes += clean.count(b'"', at, found)
+        if quotes % 2:  # in a text: on to its end
+            at = clean.find(b'"', found)
+            continue
+        number = _NUMBER.match(clean, found)
+        assert number is not None  # noqa: S101 - there are digits
+        at, before = number.end(), clean[found - 1 : found]
+        if number[1] or before in _FRACTION or (before == b"-" and clean[found - 2 : found - 1] in _FRACTION):
+            continue  # no integer
+        value = int(number[0][:40])
+        if value > 2**63 - (before != b"-"):
+            shown = (before if before == b"-" else b"") + number[0][:40]
+            raise InvalidRequest(f"The number {shown.decode()} is larger than 64 bits hold.", code="invalid_value")
+    raise InvalidRequest(f"More than {MAX_LONG_NUMBERS} numbers of 19 digits and more.", code="invalid_value")
 
 
 def decode(path: str, body: bytes, max_n: int) -> Ask:

@@ -46,7 +46,10 @@ def test_a_wrong_archive_leaves_the_place_empty(tmp_path: Path, known: object) -
 def test_half_an_archive_leaves_the_place_empty(tmp_path: Path) -> None:
     archive = tmp_path / "a.tar.gz"
     archive.write_bytes(archive_of(archive, {"format": 1})[:50_000])
+    (tmp_path / "state/files").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "state/files/mine").write_text("not the stack's")
     assert "no archive of make backup" in owngpt(tmp_path / "state", "restore", archive)
+    assert (tmp_path / "state/files/mine").read_text(), "what was there before is nobody's to delete"
     assert not (tmp_path / "state/jobs.db").exists()
 
 

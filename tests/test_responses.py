@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from services.local.plan import ROOT
-from tests.harness import Stack, running
+from tests.harness import Stack, running, wait_for
 
 MODEL = "fake"
 
@@ -211,6 +212,25 @@ def test_the_relay_keeps_them_too(tmp_path) -> None:
         with pytest.raises(openai.BadRequestError) as refused:
             client.responses.create(model=MODEL, input="b", previous_response_id="resp_" + "0" * 20)
         assert refused.value.code == "previous_response_not_found"
+
+
+def test_a_frozen_redis_delays_one_answer_not_all(tmp_path) -> None:
+    with running(tmp_path) as stack:
+        stack.add_worker("w1")
+        client = sdk(stack)
+        client.responses.create(model=MODEL, input="a")
+        stack.kill("redis", signal.SIGSTOP)
+        took = []
+        for _ in range(8):
+            began = time.monotonic()
+            assert client.responses.create(model=MODEL, input="b").store is False
+            took.append(time.monotonic() - began)
+        stack.kill("redis", signal.SIGCONT)
+        assert max(took) < 2.5
+        assert sorted(took)[4] < 0.5, took
+        wait_for(lambda: client.responses.create(model=MODEL, input="c").store, "kept again", 20)
+        warned = [line["event"] for line in stack.log("w1") if "responses are" in line["event"]]
+        assert warned == ["redis is away; responses are not kept", "redis is back; responses are kept"]
 
 
 def test_bounded_in_bytes_the_least_recently_used_go_first(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ What training itself does is tested with the real thing in `test_lifecycle.py`.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import threading
@@ -28,7 +29,7 @@ from services.jobs import tables
 from services.jobs.internal import add_internal
 from services.jobs.trainers import Trainers
 from services.jobs.tuning import Tuning
-from services.trainer import publish, runner
+from services.trainer import gate, publish, runner
 from services.trainer.__main__ import Trainer, remove_old
 from services.trainer.jobs import Jobs, LeaseLost, Work
 from services.trainer.runner import Runner, Stopped
@@ -230,11 +231,15 @@ class EveryName:
 class ScriptedEngine:
     """Says how likely it finds a prompt's tokens, by model (the first letters of its name)."""
 
-    def __init__(self, logprobs: dict[str, float]) -> None:
+    def __init__(self, logprobs: dict[str, float], takes_s: float = 0.0) -> None:
         api = FastAPI()
+        self.asked = self.answered = 0
 
         @api.post("/v1/completions")
         async def complete(asked: dict[str, Any]) -> dict[str, Any]:
+            self.asked += 1
+            await asyncio.sleep(takes_s)
+            self.answered += 1
             value = next(value for name, value in logprobs.items() if asked["model"].startswith(name))
             said = [None, *({str(token): {"logprob": value, "rank": 1, "decoded_token": "x"}} for token in asked["prompt"][1:])]
             return {"choices": [{"index": 0, "text": "", "prompt_logprobs": said}]}
@@ -447,6 +452,39 @@ class TestJob:
             run.run()
         assert service.find(job).status == "succeeded"
         assert "as served: 1.0000 nats a token, the base model 2.0000, on 30 rows" in service.messages(job)
+
+    def test_a_busy_worker_is_waited_for_and_the_lease_is_kept(
+        self, service: Service, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A row that waited longer than 12 s behind people was asked again, at the end of the queue; after ten minutes the training was lost."""
+        kept = []
+        monkeypatch.setattr(gate, "LOOK_EVERY_S", 0.05)
+        with ScriptedEngine({"m": -2.0, "ft": -1.0}, takes_s=0.6) as engine:
+            job, run = start()
+            keep = run._work.keep
+            monkeypatch.setattr(run._work, "keep", lambda: (kept.append(time.monotonic()), keep()))
+            publish.ready_workers(None, "")[0].address = engine.address  # type: ignore[arg-type]
+            (tmp_path / "runs" / job.id / "gate.json").write_text(json.dumps([{"tokens": [5, 6, 7], "learnt": [1, 2]}] * 2))
+            run.run()
+            assert engine.asked == 4
+        assert service.find(job).status == "succeeded"
+        assert max(b - a for a, b in itertools.pairwise(kept)) < 0.5
+
+    def test_a_cancel_while_a_row_waits_ends_it(self, service: Service, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gate, "LOOK_EVERY_S", 0.05)
+        with ScriptedEngine({"m": -2.0, "ft": -1.0}, takes_s=20) as engine:
+            job, run = start()
+            publish.ready_workers(None, "")[0].address = engine.address  # type: ignore[arg-type]
+            (tmp_path / "runs" / job.id / "gate.json").write_text(json.dumps([{"tokens": [5, 6, 7], "learnt": [1, 2]}] * 2))
+            running = threading.Thread(target=run.run)
+            running.start()
+            wait_for(lambda: engine.asked, "the first row asked")
+            asyncio.run(service.tuning.cancel(service.find(job)))
+            running.join(5)
+            assert not running.is_alive()
+            assert engine.answered == 0
+        assert service.find(job).status == "cancelled"
+        assert self.redis.adapters == {}
 
     def test_another_model_than_the_trained_one_is_noticed(
         self, service: Service, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,11 +1,13 @@
 """Pure functions: decode, routing, attempts, keys, the SSE scan, settings, the engine's command line."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -26,6 +28,7 @@ from common.settings import read_secret
 from common.tasks import end_tasks
 from common.workers import Heartbeat, Model, Pool, Worker, WorkerTable
 from gateway import attempts, routing
+from gateway import decode as decoding
 from gateway.decode import MAX_PROMPTS, decode
 from gateway.settings import Settings
 from services.gpu_exporter.settings import ExporterSettings
@@ -308,6 +311,60 @@ class TestDecode:
         for many in (["x"] * (MAX_PROMPTS + 1), [[1, 2]] * (MAX_PROMPTS + 1), ['\\"'] * (MAX_PROMPTS + 1)):
             with pytest.raises(InvalidRequest, match=f"{field}: {MAX_PROMPTS + 1} are over the limit"):
                 ask(many)
+
+
+MEGABYTES = 4 * 1024 * 1024
+LONG = b'"' + b"1" * 30 + b'"'
+HOSTILE = {
+    "texts": (b"/v1/chat/completions", b'"messages":[1],"x":[' + b'"a",' * (MEGABYTES // 4 - 99) + LONG + b"]"),
+    "empty texts": (b"/v1/chat/completions", b'"messages":[1],"x":[' + b'"",' * (MEGABYTES // 3 - 99) + LONG + b"]"),
+    "long numbers": (b"/v1/chat/completions", b'"messages":[1],"x":[' + b"1234567890123456789," * (MEGABYTES // 20 - 99) + b"1]"),
+    "long texts": (b"/v1/chat/completions", b'"messages":[1],"x":[' + (LONG + b",") * (MEGABYTES // 33 - 99) + b"1]"),
+    "brackets in texts": (b"/v1/rerank", b'"query":"x","documents":[{},' + b'"{",' * (MEGABYTES // 4 - 99) + b"1]"),
+    "texts of documents": (b"/v1/rerank", b'"query":"x","documents":[{},' + b'"",' * (MEGABYTES // 3 - 99) + b"1]"),
+}
+
+
+class TestNumbersAndBrackets:
+    @pytest.mark.parametrize("kind", HOSTILE)
+    def test_no_body_holds_everybody_up(self, kind: str) -> None:
+        """Four megabytes of tiny texts took the gateway half a second (it looked at each)."""
+        path, fields = HOSTILE[kind]
+        body, took = b'{"model":"m",' + fields + b"}", []
+        for _ in range(3):
+            began = time.perf_counter()
+            with contextlib.suppress(InvalidRequest):
+                decode(path.decode(), body, 16)
+            took.append(time.perf_counter() - began)
+        assert min(took) < 0.2, took
+
+    @given(document=st.recursive(
+        st.integers(-(2**66), 2**66) | st.sampled_from([2**63, 2**63 - 1, -(2**63), -(2**63) - 1, 10**18, 1e25, 1.5e-30, 12345678901234567890.5])
+        | st.text('a"\\[{}]:,.-1234567890', max_size=30),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text('a"\\[{9', max_size=24), inner, max_size=4), max_leaves=12))
+    def test_it_is_what_a_reader_of_json_finds(self, document: object) -> None:
+        def numbers(value: object) -> Iterator[int]:
+            if isinstance(value, dict | list):
+                for inner in value.values() if isinstance(value, dict) else value:
+                    yield from numbers(inner)
+            elif isinstance(value, int):
+                yield value
+
+        def brackets(value: object) -> tuple[int, int]:
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            counts = [brackets(inner) for inner in inside]
+            own = (isinstance(value, dict), isinstance(value, list))
+            return tuple(own[at] + sum(count[at] for count in counts) for at in (0, 1))  # type: ignore[return-value]
+
+        raw = json.dumps(document, ensure_ascii=False).encode()
+        too_large = any(not -(2**63) <= number < 2**63 for number in numbers(document))
+        try:
+            decoding._refuse_large_integers(raw)
+            refused = False
+        except InvalidRequest:
+            refused = True
+        assert refused == too_large
+        assert tuple(decoding._count_outside(raw, bracket) for bracket in (b"{", b"[")) == brackets(document)
 
 
 def metered(

@@ -68,7 +68,8 @@ def test_whatever_it_is_cut_into(tmp_path_factory: pytest.TempPathFactory, data:
     (part("file", b"x", "a") + part("file", b"y", "b") + b"--b--\r\n", "one file"),
     (part("other", b"x", "a") + b"--b--\r\n", "field 'file'"),
     (part("file", b"x", "a") + part("purpose", b"x" * 2000) + b"--b--\r\n", "longer than"),
-    (part("file", b"x", "a") + b"".join(part(f"f{n}", b"x") for n in range(20)) + b"--b--\r\n", "more than 8 fields"),
+    (part("file", b"x", "a") + b"".join(part(f"f{n}", b"x") for n in range(20)) + b"--b--\r\n", "more than 9 parts"),
+    (part("file", b"x", "a") + part("purpose", b"batch") * 20 + b"--b--\r\n", "more than 9 parts"),
     (b"nonsense", "cannot be read"),
     (b"", "last boundary"),
 ])

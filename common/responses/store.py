@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from loguru import logger
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
+from common.breaker import Breaker
 from common.errors import InvalidRequest
 from common.metering.context import Turn
 from common.redis.names import response_key, response_sizes_key, responses_key
@@ -37,20 +38,28 @@ class ResponseStore:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._breaker = Breaker()
 
     async def save(self, turn: Turn, items: bytes, response: bytes) -> bool:
         """Keep a response. False when it cannot be kept: too large, its past is gone, redis away or full."""
         size = len(items) + len(response) + _OVERHEAD_BYTES
-        if size > min(turn.max_bytes, MAX_CHAIN_BYTES):
+        if size > min(turn.max_bytes, MAX_CHAIN_BYTES) or self._breaker.open:
             return False
         keys = response_key(turn.owner, turn.id), responses_key(turn.owner), response_sizes_key(turn.owner)
         values = turn.id, turn.previous, items, response, size, turn.ttl_s, turn.max_bytes, response_key(turn.owner, "")
         try:
             async with asyncio.timeout(PATIENCE_S):
-                return bool(await self._redis.eval(SAVE_RESPONSE, len(keys), *keys, *values))
-        except (RedisError, OSError) as error:
-            logger.warning("a response was not kept", response=turn.id, error=str(error) or type(error).__name__)
+                kept = bool(await self._redis.eval(SAVE_RESPONSE, len(keys), *keys, *values))
+        except ResponseError as error:  # full: it says so at once
+            logger.warning("a response was not kept", response=turn.id, error=str(error))
             return False
+        except (RedisError, OSError) as error:
+            if self._breaker.failed():
+                logger.warning("redis is away; responses are not kept", error=str(error) or type(error).__name__)
+            return False
+        if self._breaker.worked():
+            logger.info("redis is back; responses are kept")
+        return kept
 
     async def past(self, turn: Turn) -> list[Link]:
         """What a turn continues, oldest first; from now on it is kept for `ttl_s` again.

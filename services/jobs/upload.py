@@ -15,7 +15,7 @@ from starlette.requests import Request
 from common.errors import InvalidRequest
 from common.files import Whole, new_id
 
-MAX_FIELDS, MAX_FIELD_BYTES = 8, 1024
+MAX_PARTS, MAX_FIELD_BYTES = 9, 1024
 PIECE_BYTES = 256 * 1024
 """Written at once, in a thread."""
 
@@ -38,16 +38,23 @@ class Form:
         self.whole = False
         """Its last boundary has come."""
         self.fields: dict[str, str] = {}
+        self._parts = 0
         self._header, self._value = b"", b""
         self._headers: dict[bytes, bytes] = {}
         self._field: str | None = None
         self._text = b""
         self.callbacks = {
-            "on_part_begin": self._headers.clear, "on_header_field": self._on_header,
+            "on_part_begin": self._on_part, "on_header_field": self._on_header,
             "on_header_value": self._on_value, "on_header_end": self._on_header_end,
             "on_headers_finished": self._on_headers, "on_part_data": self._on_data, "on_part_end": self._on_part_end,
             "on_end": self._on_end,
         }
+
+    def _on_part(self) -> None:
+        self._headers.clear()
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise InvalidRequest(f"The form has more than {MAX_PARTS} parts.")
 
     def _on_header(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
@@ -81,8 +88,6 @@ class Form:
     def _on_part_end(self) -> None:
         if self._field is not None:
             self.fields[self._field] = self._text.decode(errors="replace")
-            if len(self.fields) > MAX_FIELDS:
-                raise InvalidRequest(f"The form has more than {MAX_FIELDS} fields.")
 
     def _on_end(self) -> None:
         self.whole = True

@@ -74,11 +74,12 @@ def restore(dials: Dials, archive: Path, say: Callable[[str], None]) -> None:
     """Make a state folder out of an archive. Raises UserError, OSError."""
     if any((dials.state / name).exists() for name in (*DATABASES, "redis/appendonlydir", "api_key")):
         raise UserError(f"{dials.state} has a stack's state already; restore into an empty place: STATE_DIR=…")
+    places = (dials.state / name for name in (*DATABASES, *FOLDERS, "redis", "api_key", "backup.json", "usage.jsonl"))
+    ours = [path for path in places if not path.exists()]
     try:
         unpack(dials, archive, say)
     except BaseException:  # a full disk, Ctrl-C: the place is as empty as it was
-        for name in (*DATABASES, *FOLDERS, "redis", "api_key", "backup.json", "usage.jsonl"):
-            path = dials.state / name
+        for path in ours:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         raise
 

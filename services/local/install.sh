@@ -7,7 +7,7 @@ command -v "$python" >/dev/null || {
     exit 1
 }
 free_kib=$(df -Pk . | awk 'NR == 2 {print $4}')
-[ -d .venv ] || [ "$free_kib" -gt 4000000 ] || {
+[ -x .venv/bin/python ] || [ "$free_kib" -gt 4000000 ] || {
     echo "owngpt: the installation needs 4 GB of free disk here; there are $((free_kib / 1000000)) GB." >&2
     exit 1
 }

@@ -164,7 +164,7 @@ def exporters(dials: Dials, ports: Ports) -> list[Program]:
         found.append(Program("redis-exporter", [
             "sh", "-c", 'REDIS_PASSWORD=$(cat "$0") exec "$@"', str(dials.secrets / "monitor/redis_password"), redis,
             "-redis.user", "monitor", "-redis.addr", "", "-web.listen-address", f"127.0.0.1:{ports.redis_exporter}",
-            "-check-key-groups", "^(%a+)",
+            "-check-key-groups", "^(%a+)", "-check-keys-batch-size", "50",
         ], priority=50))
     if nginx := find_exporter("nginx"):
         found.append(Program("nginx-exporter", [

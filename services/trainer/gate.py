@@ -4,6 +4,7 @@ What a run measures is the trainer's own model, and the best of several looks at
 it finds the answers (`prompt_logprobs`), with and without the adapter: what the users will get.
 """
 
+import asyncio
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,8 +19,10 @@ ROWS = 32
 TOLERANCE_NATS = 0.1
 """By how much the served loss may differ from the trained one, with a tenth of it: bf16, 4 bits, other kernels."""
 ENOUGH_ROWS = 20
-TIMEOUT_S = 12.0
-"""Under a lease's 15 s: nobody else takes the job meanwhile."""
+TIMEOUT_S = 600.0
+"""A row waits for its turn behind people. A training is not thrown away because they are many."""
+LOOK_EVERY_S = 1.0
+"""Between two signs of life while a row waits."""
 AWAY = (404, 408, 429)
 """A worker that has just restarted, or is busy."""
 
@@ -49,22 +52,32 @@ class Verdict(NamedTuple):
 def check_served(
     rows: Sequence[Row], address: str, base: str, tuned: str, token: str, still: Callable[[], None]
 ) -> Verdict:
-    """Ask a worker about every row, with both models. `still()` is called before each.
+    """Ask a worker about every row, with both models. `still()` is called again and again, also while one waits.
 
     Raises Refused when the tuned model is worse than its base, httpx.HTTPError when the worker does not answer.
     """
     losses: dict[str, list[float]] = {base: [], tuned: []}
-    with httpx.Client(
-        base_url=f"http://{address}", headers={"authorization": f"Bearer {token}"}, timeout=TIMEOUT_S
-    ) as http:
-        for row in rows:
-            for model, found in losses.items():
-                still()
-                found.append(_loss(http, model, row))
+    asyncio.run(_ask(rows, address, losses, token, still))
     verdict = judge([len(row["learnt"]) for row in rows], losses[tuned], losses[base])
     if not verdict.tuned <= verdict.base:  # also a NaN
         raise Refused("worse_than_base", f"The tuned model is worse than its base {verdict}. It is not published.")
     return verdict
+
+
+async def _ask(
+    rows: Sequence[Row], address: str, losses: dict[str, list[float]], token: str, still: Callable[[], None]
+) -> None:
+    """Fill in the loss of every row, by model. What `still()` raises ends the request that waits."""
+    async with httpx.AsyncClient(
+        base_url=f"http://{address}", headers={"authorization": f"Bearer {token}"}, timeout=TIMEOUT_S
+    ) as http:
+        for row in rows:
+            for model, found in losses.items():
+                asked = asyncio.create_task(_loss(http, model, row))
+                while not asked.done():
+                    still()
+                    await asyncio.wait([asked], timeout=LOOK_EVERY_S)
+                found.append(asked.result())
 
 
 def spread(rows: Sequence[Row]) -> list[Row]:
@@ -93,10 +106,10 @@ def judge(tokens: Sequence[int], tuned: Sequence[float], base: Sequence[float]) 
     return Verdict(*means, error, count)
 
 
-def _loss(http: httpx.Client, model: str, row: Row) -> float:
+async def _loss(http: httpx.AsyncClient, model: str, row: Row) -> float:
     """Nats of a row's learnt tokens."""
     asked = {"model": model, "prompt": row["tokens"], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    answer = http.post("/v1/completions", json=asked)
+    answer = await http.post("/v1/completions", json=asked)
     if 400 <= answer.status_code < 500 and answer.status_code not in AWAY:
         raise Refused("not_compared", f"The worker refuses a validation row: {answer.text[:300]}")
     said: list[dict[str, Any] | None] = answer.raise_for_status().json()["choices"][0]["prompt_logprobs"]

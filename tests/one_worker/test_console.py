@@ -294,6 +294,19 @@ def test_what_is_deleted_while_it_is_answered_stays_deleted(page: Page) -> None:
     assert "whale" not in page.evaluate("JSON.stringify(localStorage)")
 
 
+def test_what_another_tab_deletes_stays_deleted(page: Page, up: Up) -> None:
+    answers(page, "Short.")
+    ask(page, "A question of two tabs")
+    answered(page)
+    other = page.context.new_page()
+    other.goto(up.base)
+    let_in(other, up)
+    other.get_by_role("button", name="delete: A question of two tabs").click()
+    ask(page, "And more?")
+    answered(page)
+    assert "two tabs" not in page.evaluate("JSON.stringify(localStorage)")
+
+
 def test_the_key_forgotten_while_it_answers(page: Page, up: Up) -> None:
     ask(page, "Write a very long story about a secret.", 2000)
     expect(page.locator("#messages > li.assistant .text").last).not_to_be_empty()
