@@ -6,36 +6,34 @@
     python -m services.local top     # how the running stack is doing
 """
 
-import contextlib
-import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Annotated
+from typing import Annotated
 
 import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from services.local import backup as archives
-from services.local import doctor, top
 from services.local import model as bundled
+from services.local import top
+from services.local.commands import beside
 from services.local.configs import write_configs
 from services.local.errors import UserError
 from services.local.plan import ROOT, Dials, Ports, pick_ports, read_dials
-from services.local.running import start, stop, wait_until_ready
+from services.local.running import only_one, start, stop, wait_until_ready
 
 WORKER_NEEDS_BYTES = 3_200_000_000
 """Resident memory of one CPU worker beside weights and KV blocks, with room to breathe (docs/log.md)."""
 STATE_NEEDS_BYTES = 500_000_000
 
 app = typer.Typer(help="OwnGPT as local processes.", no_args_is_help=True, add_completion=False)
+app.add_typer(beside)
 console = Console(highlight=False, stderr=False)
 
 
@@ -62,18 +60,6 @@ def check_room(dials: Dials) -> None:
     if free < wanted:
         raise UserError(f"{dials.state} has {free / 1e9:.1f} GB of free disk; {wanted / 1e9:.1f} GB are needed. "
                         "Make room, or choose another place with STATE_DIR.")
-
-
-@contextlib.contextmanager
-def only_one(dials: Dials) -> Iterator[IO[str]]:
-    """Hold the state folder's lock. Raises UserError when another `make up` has it."""
-    with open(dials.state / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"A stack is already running from {dials.state}. Stop it with Ctrl-C, "
-                            "or start a second one with another STATE_DIR and PORT.") from error
-        yield lock
 
 
 def prepare(dials: Dials, progress: Progress) -> Ports:
@@ -234,50 +220,6 @@ def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, as `keys` s
     if not key_id:
         raise UserError("Which key? make keys shows their ids; then: make revoke ID=1a2b3c4d")
     print(keys(read_dials(), "revoke", key_id))
-
-
-@app.command("doctor")
-def look() -> None:
-    """Look at the stack, running or not: what is wrong, and what to do. Status 1 when something is."""
-    wrong = 0
-    for finding in doctor.examine(read_dials()):
-        mark = "[bold red]✗[/]" if finding.do else "[green]✓[/]"
-        console.print(f"{mark} {finding.what:14} ", end="")
-        console.print(finding.said, markup=False, soft_wrap=True)
-        if finding.do:
-            wrong += 1
-            console.print(f"                 → {finding.do}", markup=False, soft_wrap=True)
-    if wrong:
-        raise typer.Exit(1)
-
-
-@contextlib.contextmanager
-def mistakes(archive: Path) -> Iterator[None]:
-    """What the disk refuses is said in a line. Raises UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{archive}: {error.strerror or error} ({error.filename or 'no name'})") from error
-
-
-@app.command("backup")
-def make_backup(archive: Annotated[Path, typer.Argument(help="The archive to write: backup.tar.gz.")]) -> None:
-    """Write keys, usage, files, jobs and tuned models into an archive, while the stack runs or not."""
-    if archive.exists():
-        raise UserError(f"{archive} is there already; choose another name: make backup TO=…")
-    with console.status("backing up") as status, mistakes(archive):
-        archives.backup(read_dials(), archive, lambda what: status.update(f"backing up {what}"))
-    console.print(f"{archive}: {archive.stat().st_size / 1e6:.0f} MB. Your API key is in it: keep it to yourself.")
-
-
-@app.command("restore")
-def make_restore(archive: Annotated[Path, typer.Argument(help="An archive of make backup.", exists=True)]) -> None:
-    """Make an empty STATE_DIR into what was backed up; then: make up."""
-    dials = read_dials()
-    dials.state.mkdir(parents=True, exist_ok=True)
-    with only_one(dials), console.status("restoring") as status, mistakes(archive):
-        archives.restore(dials, archive, lambda what: status.update(f"restoring: {what}"))
-    console.print(f"restored into {dials.state}. Start it: make up")
 
 
 def main() -> None:

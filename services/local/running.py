@@ -1,14 +1,16 @@
 """The supervisor and its programs: started, watched until they answer, stopped."""
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
 import xmlrpc.client
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 from rich.progress import Progress
@@ -19,6 +21,18 @@ from services.local.plan import ROOT, Dials, Ports
 from services.local.programs import programs, supervisor_config
 
 USUAL_START_S = 30.0
+
+
+@contextlib.contextmanager
+def only_one(dials: Dials) -> Iterator[IO[str]]:
+    """Hold the state folder's lock. Raises UserError when another `make up` has it."""
+    with open(dials.state / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"A stack is already running from {dials.state}. Stop it with Ctrl-C, "
+                            "or start a second one with another STATE_DIR and PORT.") from error
+        yield lock
 
 
 def start(dials: Dials, ports: Ports) -> subprocess.Popen[bytes]:
