@@ -51,7 +51,7 @@ class TestShape:
             shape.of_config(config, "some/model")
 
     def test_a_name_that_is_nowhere(self) -> None:
-        with pytest.raises(CannotSay, match="config.json of some/model is not on this machine"):
+        with pytest.raises(CannotSay, match=r"config\.json of some/model is not on this machine"):
             shape.read("some/model")
 
 

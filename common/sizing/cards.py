@@ -1,15 +1,14 @@
 """GPUs by what limits a language model on them: memory, its bandwidth, matrix throughput, power.
 
-The numbers are the makers' data sheets': dense (no sparsity) bf16 with fp32 accumulation, fp16 where a card has no bf16.
-`memory_bytes` is what NVML reports, which is less than the name says where the card keeps some for ECC.
+The numbers are the makers' data sheets': dense (no sparsity) bf16 with fp32 accumulation, fp16 where a card has no
+bf16. `memory_bytes` is what NVML reports, which is less than the name says where the card keeps some for ECC.
 """
 
 from dataclasses import dataclass
 
 MIB = 1 << 20
 MIN_DRIVER = 580
-"""CUDA 13.0, with which the pinned vLLM wheel was built, needs this driver (NVIDIA CUDA 13.0 release notes, table 3)."""
-LEAST_CAPABILITY = (7, 5)
+"""CUDA 13.0, with which the pinned vLLM wheel was built, needs this driver (its release notes, table 3)."""
 
 
 class CannotSay(ValueError):
@@ -33,7 +32,7 @@ class Card:
 
     @property
     def many_at_once(self) -> bool:
-        """Whether vLLM takes its larger defaults (8,192 tokens a step, 1,024 sequences): 70 GiB or more, and no A100."""
+        """Whether vLLM takes its larger defaults (8,192 tokens a step, 1,024 sequences): 70 GiB, and no A100."""
         return self.memory_bytes >= 70 * 1024 * MIB and "a100" not in self.name.lower()
 
 

@@ -11,7 +11,7 @@ from common.sizing.cards import CannotSay
 GATED_DECODERS = frozenset({
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
 })
-"""Decoders of one build: attention with q, k, v, o; a gated MLP; two norms a layer. Others may look alike and differ."""
+"""Decoders of one build: attention with q, k, v, o; a gated MLP; two norms a layer. Others look alike and differ."""
 KNOWN = json.loads((Path(__file__).parent / "known.json").read_text())
 """config.json of the models that the documents name, so that a plan needs no download."""
 VOCABULARY_MULTIPLE = 64

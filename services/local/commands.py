@@ -1,7 +1,6 @@
 """Commands beside the running stack: what is wrong with it, its backup, and what would fit on which card."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +23,7 @@ console = Console(highlight=False)
 @beside.command("plan")
 def make_plan(
     model: Annotated[str, typer.Option(envvar="MODEL", help="A hub name or a checkpoint folder.")] = "",
-    gpu: Annotated[str, typer.Option(envvar="GPU", help='As "RTX 4090"; default: this machine\'s, else the usual.')] = "",
+    gpu: Annotated[str, typer.Option(envvar="GPU", help='As "RTX 4090"; default: this machine\'s, or four.')] = "",
     gpus: Annotated[int, typer.Option(envvar="GPUS", min=1, max=8, help="Over which the model is split.")] = 1,
     tokens: Annotated[int, typer.Option(envvar="TOKENS", min=0, help="Longest sequence; 0: what fits.")] = 0,
 ) -> None:
