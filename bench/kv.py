@@ -273,7 +273,7 @@ def kv_blocks(workers: Iterable[Worker], result: str) -> float:
 
 def inflict(up: Up, fault: str) -> None:
     """One fault of redis-cache; whoever supervises it brings it back."""
-    sock = Dials(state=up.state, model="", model_name="").cache_redis_url
+    sock = Dials(up.state).cache_redis_url
     pid = int(subprocess.run(["pgrep", "-f", f"redis-server.*{sock[7:-5]}|redis-server unixsocket:{sock[7:-5]}"],
                              capture_output=True, text=True, check=True).stdout.split()[0])
     if fault == "kill":

@@ -103,7 +103,7 @@ class Stack:
         if worker_ports:
             self.ports = replace(self.ports, workers=tuple(worker_ports))
         self.gateway_port, self.worker_ports = self.ports.gateway, list(self.ports.workers)
-        self.dials = Dials(state=folder, model="/nowhere", model_name="fake", workers=12, port=self.port)
+        self.dials = Dials(folder, port=self.port)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.dials.run_dir.mkdir(mode=0o711, exist_ok=True)
         make_secrets(self.dials.secrets)

@@ -14,7 +14,7 @@ from services.secrets.__main__ import make
 def main() -> int:
     """0 when both are content."""
     with tempfile.TemporaryDirectory() as folder:
-        dials = Dials(state=Path(folder), model="m", model_name="m", workers=1)
+        dials = Dials(Path(folder))
         dials.run_dir.mkdir(mode=0o700, exist_ok=True)
         make(dials.secrets)
         write_configs(dials, Ports.take(itertools.count(8001), 1))

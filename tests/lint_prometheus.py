@@ -17,7 +17,7 @@ def main() -> int:
     """0 when the tools are content with everything."""
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder, "prometheus.yml")
-        dials = Dials(state=Path(folder), model="m", model_name="m")
+        dials = Dials(Path(folder))
         local.write_text(yaml.safe_dump(prometheus_config(dials, Ports.take(itertools.count(8001), 2))))
         configs = [local, ROOT / "monitoring/prometheus/prometheus.yml"]
         commands = [["promtool", "check", "config", str(path)] for path in configs]

@@ -18,7 +18,7 @@ from tests.jobs_service import database
 
 @pytest.fixture
 def dials(tmp_path: Path) -> Dials:
-    return Dials(state=tmp_path, model="/m", model_name="m", port=free_ports(1)[0])
+    return Dials(tmp_path, port=free_ports(1)[0])
 
 
 def wrong(dials: Dials) -> dict[str, doctor.Finding]:

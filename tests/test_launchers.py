@@ -14,6 +14,7 @@ from services.jobs.settings import JobsSettings
 from services.ledger.settings import LedgerSettings
 from services.local import configs, programs
 from services.local.plan import ROOT, Dials, Ports
+from services.local.workers import change, wanted
 from services.secrets.__main__ import ACL, CACHE_ACL, make
 from services.trainer.settings import TrainerSettings
 from services.worker.settings import WorkerSettings
@@ -50,9 +51,9 @@ NOT_A_DIAL_OF_MAKE_UP = {
 def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, programs.Program]:
     """The programs of `make up`, by service."""
     state = tmp_path_factory.mktemp("state")
-    dials = Dials(state=state, model="/m", model_name="m", workers=1)
+    dials = Dials(state)
     make(dials.secrets)
-    found = programs.programs(dials, Ports.take(iter(range(9000, 9100)), 1))
+    found = programs.programs(dials, Ports.take(iter(range(9000, 9100)), 1), change([], wanted(dials), iter([9050])).new)
     return {program.name.removesuffix("-1"): program for program in found}
 
 

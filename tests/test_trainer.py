@@ -304,6 +304,18 @@ class TestJob:
         file = service.kept.transact(lambda c: tables.listed(c, tables.files, File, "owner"))[0]
         assert (found.result_files, (tmp_path / "files" / file.id).read_text()) == ([file.id], "step\n")
 
+    def test_a_quantised_base_is_refused_before_anything_is_loaded(
+        self, service: Service, start: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(runner.checkpoint, "config", lambda model: {"quantization_config": {"quant_method": "awq"}})
+        monkeypatch.setattr(runner, "Run", None)
+        job, run = start()
+        run.run()
+        found = service.find(job)
+        assert found.status == "failed"
+        assert found.error == {"code": "base_quantized", "param": "model",
+                               "message": "The base m is awq: a LoRA run needs its weights in 16 bits."}
+
     @pytest.mark.parametrize(("verb", "status"), [("cancel", "cancelled"), ("pause", "paused")])
     @pytest.mark.parametrize("when", ["training", "before", "loading", "at the end"])
     def test_a_wish_is_done_whenever_it_comes(

@@ -18,7 +18,7 @@ from loguru import logger
 from prometheus_client import CollectorRegistry
 from redis.exceptions import RedisError
 
-from common import keys, tasks
+from common import checkpoint, keys, tasks
 from common.errors import ApiError, InvalidRequest, StreamLost, UpstreamFailed
 from common.metering import engine_errors, sse
 from common.metering.metered import Metering
@@ -557,8 +557,8 @@ class TestEngineCommand:
 
     @pytest.mark.parametrize("fields", [
         {},
-        {"accelerator": "cuda", "model": "mistralai/Mistral-7B-Instruct-v0.3", "tool_call_parser": "mistral"},
-        {"accelerator": "cuda", "model": "meta-llama/Meta-Llama-3-8B-Instruct", "quantization": "awq",
+        {"accelerator": "cuda", "model": "mistralai/Mistral-7B-Instruct-v0.3", "tool_call_parser": "mistral", "model_revision": "abc"},
+        {"accelerator": "cuda", "model": "meta-llama/Meta-Llama-3-8B-Instruct", "max_num_seqs": 32,
          "tensor_parallel_size": 2, "max_model_len": 8192, "engine_args": "--enable-chunked-prefill --seed 7"},
         {"otlp_traces_endpoint": "http://tempo:4318/v1/traces"},
     ])
@@ -577,9 +577,12 @@ class TestEngineCommand:
         assert parsed.served_model_name == [wanted.served_name]
         assert parsed.otlp_traces_endpoint == (wanted.otlp_traces_endpoint or None)
         assert parsed.enforce_eager is (wanted.accelerator == "cpu")
+        assert parsed.max_num_seqs == (wanted.max_num_seqs or (64 if wanted.accelerator == "cpu" else 256))
+        assert parsed.max_model_len == (wanted.max_model_len or (None if wanted.accelerator == "cpu" else -1)), "auto is -1"
+        assert (parsed.revision, parsed.tokenizer_revision) == ((wanted.model_revision or None,) * 2)
 
     @pytest.mark.parametrize(("fields", "chunk"), [
-        ({}, None), ({"accelerator": "cuda", "model": "mistralai/Mistral-7B-Instruct-v0.3", "kv_host_gib": 16}, 240),
+        ({}, None), ({"accelerator": "cuda", "model": "mistralai/Mistral-7B-Instruct-v0.3", "kv_host_gib": 16}, 15),
     ])
     def test_vllms_own_parser_accepts_the_kv_tier(self, tmp_path: Path, fields: dict, chunk: int | None) -> None:
         from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -598,7 +601,7 @@ class TestEngineCommand:
         assert KVConnectorFactory.get_connector_class(transfer).__name__ == "RedisOffloadingConnector"
         assert transfer.kv_load_failure_policy == "recompute"
         extra = transfer.kv_connector_extra_config
-        assert extra.get("block_size") == chunk
+        assert extra.get("blocks_per_chunk") == chunk
         assert extra["cpu_bytes_to_use"] == int(wanted.kv_host_gib * 2**30)
         module = __import__(extra["spec_module_path"], fromlist=["x"])
         assert issubclass(getattr(module, extra["spec_name"]), TieringOffloadingSpec)
@@ -609,6 +612,37 @@ class TestEngineCommand:
             (tmp_path / "config.json").write_text(f'{{"architectures":["{architecture}"]}}')
             wanted = self.settings(tmp_path, model=str(tmp_path), kv_tier="redis", cache_redis_url="redis://c", kv_secret_file=secret)
             assert ("--kv-transfer-config" in engine.command(wanted)) is tiered
+
+    def test_adapters_can_be_off_and_are_for_decoders(self, tmp_path: Path) -> None:
+        for architecture, loras, on in (("BertModel", 4, False), ("LlamaForCausalLM", 4, True), ("LlamaForCausalLM", 0, False)):
+            folder = tmp_path / f"{architecture}{loras}"
+            folder.mkdir()
+            (folder / "config.json").write_text(f'{{"architectures":["{architecture}"]}}')
+            wanted = self.settings(tmp_path, model=str(folder), adapters_dir=tmp_path, max_loras=loras)
+            assert ("--enable-lora" in engine.command(wanted)) is on
+
+    @pytest.mark.parametrize(("model_type", "vocabulary", "parser"), [
+        ("mistral", 32768, "mistral"), ("llama", 128256, "llama3_json"), ("llama", 49152, "hermes"), ("qwen2", 152064, "hermes"),
+    ])
+    def test_tool_calls_are_read_as_the_family_writes_them(self, tmp_path: Path, model_type: str, vocabulary: int, parser: str) -> None:
+        from vllm.tool_parsers import ToolParserManager
+
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": vocabulary}))
+        assert engine.tool_parser(self.settings(tmp_path, model=str(tmp_path))) == parser
+        assert ToolParserManager.get_tool_parser(parser)
+        assert engine.tool_parser(self.settings(tmp_path, model=str(tmp_path), tool_call_parser="pythonic")) == "pythonic"
+
+    def test_a_hub_model_is_known_by_what_was_fetched_of_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        snapshot = tmp_path / "models--org--bert/snapshots/abc"
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text('{"architectures":["BertModel"]}')
+        (tmp_path / "models--org--bert/refs").mkdir()
+        (tmp_path / "models--org--bert/refs/main").write_text("abc")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        for revision in ("", "abc"):
+            wanted = self.settings(tmp_path, model="org/bert", model_revision=revision, adapters_dir=tmp_path)
+            assert "--enable-lora" not in engine.command(wanted)
+        assert checkpoint.config("org/another") == {}
 
     def test_the_kv_tier_needs_its_redis_and_secret(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="CACHE_REDIS_URL and KV_SECRET_FILE"):

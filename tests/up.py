@@ -1,6 +1,7 @@
 """A running `make up` with real vLLM, for tests and benchmarks."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -65,7 +66,7 @@ class Up:
 
     def add_key(self, name: str) -> str:
         """One more API key."""
-        return keys(Dials(self.state, "", ""), "create", name)
+        return keys(Dials(self.state), "create", name)
 
     def screen(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
@@ -75,21 +76,23 @@ class Up:
 
     def redis_as(self, user: str) -> Redis:
         """A client of the state redis with a service's rights."""
-        dials = Dials(state=self.state, model="", model_name="")
+        dials = Dials(self.state)
         password = (dials.secrets / user / "redis_password").read_text().strip()
         return Redis.from_url(dials.redis_url, username=user, password=password, decode_responses=True)
 
     def scraped(self) -> dict:
         """Prometheus' configuration of this run."""
-        return yaml.safe_load((Dials(self.state, "", "").run_dir / "prometheus.yml").read_text())
+        return yaml.safe_load((Dials(self.state).run_dir / "prometheus.yml").read_text())
 
     def target(self, job: str) -> str:
         """host:port of a job's first target."""
-        return next(j for j in self.scraped()["scrape_configs"] if j["job_name"] == job)["static_configs"][0]["targets"][0]
+        found = next(j for j in self.scraped()["scrape_configs"] if j["job_name"] == job)
+        listed = found.get("static_configs") or json.loads(Path(found["file_sd_configs"][0]["files"][0]).read_text())
+        return listed[0]["targets"][0]
 
     def program_pid(self, name: str) -> int:
         """The process id of one of the supervised programs."""
-        transport = SupervisorTransport(None, None, f"unix://{Dials(self.state, '', '').run_dir}/supervisor.sock")
+        transport = SupervisorTransport(None, None, f"unix://{Dials(self.state).run_dir}/supervisor.sock")
         proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
         return int(proxy.supervisor.getProcessInfo(name)["pid"])
 

@@ -64,6 +64,9 @@ class Memory:
         return min(float(self.sequences), self.kv_blocks / -(-tokens // BLOCK_TOKENS))
 
 
+USUAL_SEQUENCES = 256
+
+
 def step_tokens(card: Card) -> int:
     """Tokens in one step, prefill and decode together: vLLM's default for the card (`max_num_batched_tokens`)."""
     return 8192 if card.many_at_once else 2048
@@ -71,7 +74,7 @@ def step_tokens(card: Card) -> int:
 
 def sequences(card: Card, asked: int = 0) -> int:
     """Sequences at once: as asked, else vLLM's default for the card (`max_num_seqs`)."""
-    return asked or (1024 if card.many_at_once else 256)
+    return asked or (1024 if card.many_at_once else USUAL_SEQUENCES)
 
 
 def serve(shape: Shape, card: Card, how: Serving) -> Memory:

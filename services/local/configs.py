@@ -83,7 +83,7 @@ def prometheus_config(dials: Dials, ports: Ports) -> dict[str, Any]:
     """The containers' configuration with this run's addresses: jobs whose exporter is not installed are left out."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "monitoring/prometheus/prometheus.yml").read_text())
     targets = {
-        "gateway": [ports.gateway], "worker": list(ports.workers), "jobs": [ports.jobs], "ledger": [ports.ledger],
+        "gateway": [ports.gateway], "jobs": [ports.jobs], "ledger": [ports.ledger],
         "trainer": [ports.trainer], "gpu_exporter": [ports.gpu_exporter], "prometheus": [ports.prometheus],
         "nginx": [ports.nginx_exporter] if find_exporter("nginx") else [],
     }
@@ -98,6 +98,8 @@ def prometheus_config(dials: Dials, ports: Ports) -> dict[str, Any]:
             job["static_configs"] = [{"targets": [f"unix://{dials.run_dir}/{name}.sock" for name in REDIS_SERVERS]}]
             job["relabel_configs"][1]["regex"] = r".*/(.+)\.sock"
             job["relabel_configs"][2]["replacement"] = f"127.0.0.1:{ports.redis_exporter}"
+        elif job["job_name"] == "worker":  # they come and go
+            job["file_sd_configs"] = [{"files": [f"{dials.run_dir}/targets.json"], "refresh_interval": "5s"}]
         elif found := targets[job["job_name"]]:
             job["static_configs"] = [{"targets": [f"127.0.0.1:{port}" for port in found]}]
         else:

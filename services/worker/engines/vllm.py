@@ -40,12 +40,12 @@ class Vllm:
 
     def __init__(self, settings: WorkerSettings, worker_id: str) -> None:
         self._settings, self._worker_id = settings, worker_id
-        self.address, self.slots = settings.address, settings.max_num_seqs
+        self.address, self.slots = settings.address, command.sequences(settings)
         self._http = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{settings.engine_port}",
             headers={"authorization": f"Bearer {settings.worker_token}"}, timeout=ANSWER_TIMEOUT_S,
         )
-        self.adapters: AdapterLoader | None = _VllmAdapters(self._http) if settings.adapters_dir is not None else None
+        self.adapters: AdapterLoader | None = _VllmAdapters(self._http) if command.serves_adapters(settings) else None
 
     def command(self) -> list[str]:
         return command.command(self._settings)
@@ -86,7 +86,7 @@ class Vllm:
     def _revision(self, entry: Entry) -> str:
         """What an answer of this model depends on: its files, and how the engine was told to run them."""
         try:
-            digest = identity.model_digest(self._settings.model)
+            digest = identity.model_digest(self._settings.model, self._settings.model_revision or None)
         except OSError as error:
             logger.warning("the model's files cannot be read; its answers are not cached", error=str(error))
             return ""

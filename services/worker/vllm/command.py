@@ -1,12 +1,16 @@
 """The engine's command line and environment: pure functions of the settings; a test shows them to vLLM's parser."""
 
+import contextlib
 import json
 import os
 import secrets
 import sys
 from pathlib import Path
 
+from common import checkpoint
+from common.sizing import cards, memory
 from services.worker.settings import WorkerSettings
+from services.worker.vllm import family
 
 MIDDLEWARE = "services.worker.middleware.WorkerMiddleware"
 PLUGIN = Path(__file__).parent / "plugin"
@@ -19,8 +23,10 @@ NO_MEDIA_DOMAIN = "media-fetching-is-off.invalid"
 
 SMALL_MACHINE_CORES = 4
 CPU_STEP_TOKENS = 512
-CUDA_CHUNK_TOKENS = 240
-"""Tokens in one redis value on a GPU: 30 MiB for an 8B model, which fits jemalloc's classes (docs/kv-cache.md)."""
+CPU_SEQUENCES = 64
+CUDA_CHUNK_BLOCKS = 15
+"""Blocks in one redis value on a GPU: of 16 tokens each 30 MiB for an 8B model, which fits jemalloc's classes
+(docs/kv-cache.md). Given in blocks, for their size is the attention backend's choice."""
 MAX_LORA_RANK = 16
 KEPT_ADAPTERS = 16
 """Adapters whose weights stay in memory; others are read again from their folder."""
@@ -40,11 +46,11 @@ def command(settings: WorkerSettings) -> list[str]:
         "--served-model-name", settings.served_name,
         "--host", settings.engine_host,
         "--port", str(settings.engine_port),
-        "--max-num-seqs", str(settings.max_num_seqs),
+        "--max-num-seqs", str(sequences(settings)),
         "--scheduling-policy", "priority",  # batches wait longer
         "--middleware", MIDDLEWARE,
         "--enable-prompt-tokens-details",
-        "--enable-auto-tool-choice", "--tool-call-parser", settings.tool_call_parser,
+        "--enable-auto-tool-choice", "--tool-call-parser", tool_parser(settings),
         "--tool-strict-level", "parameter",  # forced calls fit their schema, strict or not
         "--allowed-media-domains", NO_MEDIA_DOMAIN,
         "--allowed-origins", "[]",
@@ -52,8 +58,12 @@ def command(settings: WorkerSettings) -> list[str]:
         "--disable-uvicorn-access-log",
         "--uvicorn-log-level", "warning",
     ]  # fmt: skip
+    if settings.model_revision and not Path(settings.model).is_dir():
+        args += ["--revision", settings.model_revision, "--tokenizer-revision", settings.model_revision]
     if settings.max_model_len:
         args += ["--max-model-len", str(settings.max_model_len)]
+    elif settings.accelerator == "cuda":
+        args += ["--max-model-len", "auto"]  # the model's own, or as much as there is memory for
     if settings.otlp_traces_endpoint:
         args += ["--otlp-traces-endpoint", settings.otlp_traces_endpoint]
     if settings.accelerator == "cuda":
@@ -61,13 +71,12 @@ def command(settings: WorkerSettings) -> list[str]:
             "--gpu-memory-utilization", str(settings.gpu_memory_utilization),
             "--tensor-parallel-size", str(settings.tensor_parallel_size),
         ]  # fmt: skip
-        if settings.quantization:
-            args += ["--quantization", settings.quantization]
     else:
         args += ["--enforce-eager", "--worker-cls", "services.worker.vllm.cpu.Worker"]
-    if settings.adapters_dir is not None and has_kv_blocks(settings.model):
+    decoder = family.is_decoder(checkpoint.config(settings.model, settings.model_revision))
+    if serves_adapters(settings) and decoder:
         args += adapters(settings)
-    if settings.kv_tier == "redis" and has_kv_blocks(settings.model):
+    if settings.kv_tier == "redis" and decoder:
         args += kv_tier(settings)
     return args + settings.extra_args
 
@@ -80,18 +89,42 @@ def adapters(settings: WorkerSettings) -> list[str]:
     ]  # fmt: skip
 
 
+def serves_adapters(settings: WorkerSettings) -> bool:
+    """Whether tuned models can be loaded beside the base."""
+    return settings.adapters_dir is not None and settings.max_loras > 0
+
+
+def tool_parser(settings: WorkerSettings) -> str:
+    """The one that was named, else the family's."""
+    return settings.tool_call_parser or family.tool_parser(
+        checkpoint.config(settings.model, settings.model_revision)
+    )
+
+
+def sequences(settings: WorkerSettings) -> int:
+    """Requests at once: what was asked for, else what suits the accelerator."""
+    if settings.max_num_seqs or settings.accelerator == "cpu":
+        return settings.max_num_seqs or CPU_SEQUENCES
+    with contextlib.suppress(cards.CannotSay):
+        return memory.sequences(cards.find(gpu_name()))
+    return memory.USUAL_SEQUENCES
+
+
+def gpu_name() -> str:
+    """The name of the first GPU, as the driver says it; empty when no driver answers."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(int(first))))
+    except (pynvml.NVMLError, ValueError):
+        return ""
+
+
 def shaping(settings: WorkerSettings) -> str:
     """The settings on which an answer's text may depend."""
-    return f"{settings.quantization} {settings.max_model_len} {settings.tool_call_parser} {settings.engine_args}"
-
-
-def has_kv_blocks(model: str) -> bool:
-    """False for a checkpoint folder that says it is no decoder: vLLM's offloading refuses to start with those."""
-    config = Path(model) / "config.json"
-    if not config.is_file():
-        return True
-    names = json.loads(config.read_text()).get("architectures") or ["?ForCausalLM"]
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    return f"{settings.max_model_len} {tool_parser(settings)} {settings.engine_args}"
 
 
 def kv_tier(settings: WorkerSettings) -> list[str]:
@@ -104,7 +137,7 @@ def kv_tier(settings: WorkerSettings) -> list[str]:
         "secondary_tiers": [{"type": "RedisTier", "module_path": "services.worker.vllm.kv.tier"}],
     }
     if settings.accelerator == "cuda":
-        extra["block_size"] = CUDA_CHUNK_TOKENS
+        extra["blocks_per_chunk"] = CUDA_CHUNK_BLOCKS
     args = [
         "--prefix-caching-hash-algo", "sha256_cbor",  # the same in every process and Python version
         "--kv-transfer-config", json.dumps({
@@ -132,9 +165,11 @@ def environment(settings: WorkerSettings) -> dict[str, str]:
         env["HF_HUB_OFFLINE"] = "1"
     if settings.otlp_traces_endpoint:
         env |= {"OTEL_SERVICE_NAME": "worker", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
-    if settings.adapters_dir is not None:
+    if serves_adapters(settings):
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # behind the worker's token; nginx never routes there
-    if settings.accelerator == "cpu":
+    if settings.accelerator == "cuda":
+        env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # it would be compiled with the host's nvcc, in front of a client
+    else:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
         env["VLLM_CPU_OMP_THREADS_BIND"] = settings.cpu_threads_bind or threads_bind(sorted(os.sched_getaffinity(0)))
     return env

@@ -139,7 +139,9 @@ def attention(vllm_config: "VllmConfig", spec: object) -> str:
     """The backend that writes K and V into a block, and on CPU the instruction set it does that for."""
     chosen = str(vllm_config.attention_config.backend)
     if not current_platform.is_cpu():
-        return chosen
+        # None: vLLM chose by card and version, which are in the layout; where the model is in this process, it says.
+        layers = vllm_config.compilation_config.static_forward_context.values()
+        return next((layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")), chosen)
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     isa = _get_attn_isa(

@@ -1,0 +1,75 @@
+"""Whether this machine can hold what it is to serve; said before anything is started or downloaded."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from services.local import model as bundled
+from services.local.catalog import BUNDLED, Entry
+from services.local.errors import UserError
+from services.local.plan import Dials
+
+WORKER_NEEDS_BYTES = 3_200_000_000
+"""Resident memory of one CPU worker beside weights and KV blocks, with room to breathe (docs/log.md)."""
+STATE_NEEDS_BYTES = 500_000_000
+
+
+def available_bytes() -> int:
+    """Memory that programs can have without swapping."""
+    with open("/proc/meminfo") as meminfo:
+        return next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
+
+
+def weights_bytes(model: str) -> int:
+    """Of a checkpoint folder; 0 where it is not unpacked or not downloaded."""
+    return sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+
+
+def on_a_cpu(entry: Entry, models: Path) -> int:
+    """Memory of one CPU worker of an entry. Raises UserError for a dial that is no number."""
+    if entry.engine == "attached":
+        return 0
+    try:
+        kv_bytes = (entry.kv_cache_gib or int(os.environ.get("KV_CACHE_GIB") or 1)) << 30
+        host_bytes = int(float(os.environ.get("KV_HOST_GIB") or 0.5) * 2**30)
+    except ValueError as error:
+        raise UserError(f"KV_CACHE_GIB is a whole number of GiB, KV_HOST_GIB a number: {error}.") from error
+    if (os.environ.get("KV_TIER") or "redis") == "redis":
+        kv_bytes += host_bytes
+    return WORKER_NEEDS_BYTES + kv_bytes + weights_bytes(entry.model(models))
+
+
+def together(dials: Dials) -> int:
+    """Memory of all CPU workers that are awake at once."""
+    needs = {entry.name: on_a_cpu(entry, dials.models) for entry in dials.catalog.models}
+    always = sum(needs[e.name] * e.replicas for e in dials.catalog.models if e.start == "always")
+    return always + largest(
+        (needs[e.name] for e in dials.catalog.models if e.start == "on_demand" for _ in range(e.replicas)),
+        dials.catalog.awake,
+    )
+
+
+def largest(sizes: Iterable[int], count: int) -> int:
+    """The sum of the largest few."""
+    return sum(sorted(sizes, reverse=True)[:count])
+
+
+def check_room(dials: Dials) -> None:
+    """Raise UserError when memory or disk cannot hold the stack."""
+    if not dials.gpus:
+        available, needed = available_bytes(), together(dials)
+        if available < needed:
+            dial = f"WORKERS={dials.always}" if dials.models_file is None else str(dials.models_file)
+            raise UserError(
+                f"{dial} needs about {needed / 1e9:.1f} GB of free memory; this machine has {available / 1e9:.1f} GB. "
+                "Stop other programs, or lower WORKERS or KV_CACHE_GIB, or let models start on_demand."
+            )
+    free = shutil.disk_usage(dials.state).free
+    unpacked = not any(e.source == BUNDLED for e in dials.catalog.models) or weights_bytes(
+        str(dials.models / bundled.NAME)
+    )
+    wanted = STATE_NEEDS_BYTES + (0 if unpacked else bundled.NEEDS_BYTES)
+    if free < wanted:
+        raise UserError(f"{dials.state} has {free / 1e9:.1f} GB of free disk; {wanted / 1e9:.1f} GB are needed. "
+                        "Make room, or choose another place with STATE_DIR.")
