@@ -8,17 +8,26 @@ from typing import Any
 
 def config(model: str, revision: str = "") -> Mapping[str, Any]:
     """The config.json of a folder or of a hub model that was fetched; empty when it is not on this machine."""
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            found = try_to_load_from_cache(model, "config.json", revision=revision or None)
-        except HFValidationError:
-            found = None
-        if not isinstance(found, str):
-            return {}
-        path = Path(found)
-    said: dict[str, Any] = json.loads(path.read_text())
+    folder = _folder(model, revision)
+    said: dict[str, Any] = json.loads((folder / "config.json").read_text()) if folder is not None else {}
     return said
+
+
+def weights_bytes(model: str, revision: str = "") -> int:
+    """The size of its safetensors files; 0 when it is not on this machine."""
+    folder = _folder(model, revision)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder is not None else 0
+
+
+def _folder(model: str, revision: str) -> Path | None:
+    """Where its config.json is."""
+    if (Path(model) / "config.json").is_file():
+        return Path(model)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model, "config.json", revision=revision or None)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None

@@ -16,7 +16,8 @@ from loguru import logger
 
 from common.redis.names import HEARTBEAT_TTL_MS
 
-State = Literal["ready", "stalled", "draining", "gone"]
+State = Literal["ready", "stalled", "draining", "asleep", "waking", "gone"]
+TAKES_NOTHING = frozenset({"draining", "asleep", "waking"})
 
 FORGET_S = 300.0
 SUSPECT_S = 2.0
@@ -61,6 +62,10 @@ class Heartbeat(msgspec.Struct):
     metered: bool = True
     """False for an engine without our middleware: the relay then meters."""
     engine: str = ""
+    wake_s: float = 0.0
+    """How long it took to wake last; 0.0: it never slept."""
+    held: str = ""
+    """What keeps it from waking: training."""
 
 
 class Worker:
@@ -147,7 +152,7 @@ class WorkerTable:
         if beat.state == "gone":
             if known is not None:
                 del self.workers[beat.id]
-                self.lost += known.beat.state != "draining"
+                self.lost += known.beat.state not in TAKES_NOTHING
                 self._changed()
                 logger.info("worker left", worker=beat.id, was=known.beat.state)
         elif known is None:
@@ -173,7 +178,7 @@ class WorkerTable:
         """Forget workers that have been silent for longer than their heartbeat lives."""
         oldest = self._clock() - HEARTBEAT_TTL_MS / 1000
         for worker_id in [i for i, worker in self.workers.items() if worker.seen_at < oldest]:
-            self.lost += self.workers.pop(worker_id).beat.state != "draining"
+            self.lost += self.workers.pop(worker_id).beat.state not in TAKES_NOTHING
             self._changed()
             logger.warning("worker silent, dropped", worker=worker_id)
 
@@ -206,18 +211,22 @@ class WorkerTable:
     def serving(self, model: str) -> Pool:
         """Workers that can take a request for a model, the healthy ones alone where there are any.
 
-        Draining workers are never in it. Suspects and stalled workers are the last resort.
+        Draining and sleeping workers are never in it. Suspects and stalled workers are the last resort.
         """
         if self._suspicion_ends != math.inf and self._clock() >= self._suspicion_ends:
             self._changed()
         pool = self._pools.get(model)
         if pool is None:
             now = self._clock()
-            able = [w for w in self.workers.values() if model in w.names and w.beat.state != "draining"]
+            able = [w for w in self.workers.values() if model in w.names and w.beat.state not in TAKES_NOTHING]
             pool = Pool([w for w in able if w.beat.state == "ready" and w.suspect_until <= now] or able)
             if able:  # else a name that a client made up, of which there is no end
                 self._pools[model] = pool
         return pool
+
+    def sleeping(self, model: str) -> list[Worker]:
+        """Workers that serve a model once they are awake."""
+        return [w for w in self.workers.values() if w.beat.state in ("asleep", "waking") and model in w.names]
 
     def models(self) -> dict[str, Model]:
         """Every model some worker serves, by name."""
@@ -245,7 +254,7 @@ class WorkerTable:
 
     def states(self) -> dict[str, int]:
         """How many workers are in each state."""
-        counts = {"ready": 0, "stalled": 0, "draining": 0}
+        counts = {"ready": 0, "stalled": 0, "draining": 0, "asleep": 0, "waking": 0}
         for worker in self.workers.values():
             counts[worker.beat.state] = counts.get(worker.beat.state, 0) + 1
         return counts

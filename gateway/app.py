@@ -44,6 +44,7 @@ from gateway.relay import open_session
 from gateway.responses import OWNER, add_response_routes
 from gateway.routes import add_routes
 from gateway.settings import Settings
+from gateway.waking import Waking
 
 if TYPE_CHECKING:
     from gateway.tracing import Tracing
@@ -113,8 +114,9 @@ class Gateway:
         store = open_store(settings, request_metrics)
         answers = open_answers(settings, store, redis, metrics) if store is not None else None
         tracing = open_tracing(settings)
+        waking = Waking(redis, table, settings.wake_patience_s)
         self.path = RequestPath(
-            settings, table, authenticator, held.here, meter, metrics, answers, aliases, tracing=tracing
+            settings, table, authenticator, held.here, meter, metrics, answers, aliases, waking, tracing=tracing
         )
         app.state.responses = responses = ResponseStore(redis)
         self._edge = AsgiEdge(self.path, session, settings.worker_token, meter, store, responses)
@@ -133,6 +135,7 @@ class Gateway:
             self.path = None  # what still comes in takes uvicorn's way, which knows that it is shutting down
             await end_tasks(background)
             metrics.count()
+            await waking.close()
             await held.close()
             await session.close()
             if answers is not None:

@@ -6,7 +6,7 @@
     4 decode       only the fields the decision needs; an alias becomes the model it stands for
     5 look back    did earlier attempts fail, is it held back
     6 remember     was the same asked before, or is it being answered right now
-    7 choose       a worker
+    7 choose       a worker; a model that sleeps is waited for
     8 decide       Replay, Accelerate, Relay; Refuse from anywhere above
 
 Nothing is awaited, sent or read here: steps that must wait yield what they wait for (`steps.py`), an edge carries the
@@ -36,6 +36,7 @@ from gateway import attempts, routing, turns
 from gateway.answers import Answers
 from gateway.arrival import Arrival, ClientGone
 from gateway.attempts import Attempts, HeldBack
+from gateway.choose import Chooser
 from gateway.decision import Accelerate, Decision, Refuse, Relay, Replay
 from gateway.decode import Ask, decode
 from gateway.isolation import Scopes
@@ -43,12 +44,12 @@ from gateway.metrics import GatewayMetrics
 from gateway.question import Question, ask_question, may_be_remembered
 from gateway.settings import Settings
 from gateway.steps import Steps
+from gateway.waking import Waking
 
 if TYPE_CHECKING:
     from gateway.tracing import Tracing
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{8,64}")
-RETRY_AFTER_S = 2
 
 class RequestPath:
     """The hot routes: from an arrival to a decision."""
@@ -63,13 +64,14 @@ class RequestPath:
         metrics: GatewayMetrics,
         answers: Answers | None,
         aliases: AliasTable,
+        waking: Waking,
         tracing: "Tracing | None" = None,
     ) -> None:
         self._settings, self._table, self._authenticator, self._held = settings, table, authenticator, held
         self._meter, self._metrics, self._answers, self._aliases = meter, metrics, answers, aliases
         self._tracing = tracing
         self._scopes = Scopes(settings.cache_secret, settings.cache_scope)
-        self._holders = routing.Holders()
+        self._chooser = Chooser(table, metrics, waking)
         # Ours alone: a prefix that nobody else has, and a number.
         self._uids = map(f"{secrets.token_hex(5)}{{:06x}}".format, itertools.count(1))
 
@@ -118,7 +120,10 @@ class RequestPath:
                 if not worth:
                     question = None
                 self._refuse_poison(tried, body)  # whoever was answering it may have killed workers meanwhile
-        chosen = self._choose(ask, model or ask.model, scope, tried, wish.last)  # 7
+        name = model or ask.model  # 7
+        if (woken := self._chooser.waits(name)) is not None:
+            yield woken
+        chosen = self._chooser.choose(ask, name, scope, tried, wish.last, woken=woken is not None)
         return self._send(arrival, ask, model, key, scope, question, chosen, wish)  # 8
 
     # --- the steps, in their order ---------------------------------------------------------------
@@ -175,31 +180,6 @@ class RequestPath:
         if self._answers is None or arrival.answer == question.name:
             return None, True  # an earlier attempt of this request leads the question: others wait for this one
         return (yield from self._answers.find(question, batch=arrival.batch))
-
-    def _choose(self, ask: Ask, model: str, scope: str, tried: Attempts, last: str = "") -> routing.Route:
-        for address in tried.tried[-1:]:
-            self._table.suspect(address)
-            self._metrics.retries.labels(tried.reason).inc()
-            logger.warning("worker failed a request", address=address, deaths=tried.deaths)
-        pool = self._table.serving(model)
-        if tried.tried:
-            pool = pool.without(tried.tried)
-        elif not pool.workers:
-            self._explain_nobody(model)
-        if not pool.workers or len(tried.tried) >= attempts.MAX_ATTEMPTS:
-            if tried.deaths:
-                raise errors.UpstreamError("The worker died while it ran this request, and no other can take it.")
-            raise errors.Unavailable("No worker could take the request.", retry_after_s=RETRY_AFTER_S)
-        return routing.choose(pool, model, scope, ask.prefix, self._holders, last)
-
-    def _explain_nobody(self, model: str) -> None:
-        served = self._table.models()
-        if served and model not in self._table.known_models:
-            raise errors.NotFound(
-                f"The model {model!r} does not exist. There are: {', '.join(sorted(served))}.",
-                param="model", code="model_not_found",
-            )
-        raise errors.Unavailable("No worker is ready.", retry_after_s=RETRY_AFTER_S)
 
     # --- the decisions ---------------------------------------------------------------------------
 
@@ -272,7 +252,7 @@ class RequestPath:
         try:
             self._refuse_poison(tried, relay.body)
             told = relay.context
-            chosen = self._choose(relay.ask, told.model or relay.ask.model, relay.cache_scope, tried)
+            chosen = self._chooser.choose(relay.ask, told.model or relay.ask.model, relay.cache_scope, tried)
         except errors.ApiError as error:
             return self.give_up(relay, path, error)
         chosen.worker.sent += 1

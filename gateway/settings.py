@@ -32,6 +32,7 @@ class Settings(StateSettings):
     relay_connect_timeout_s: float = Field(2.0, gt=0)
     read_timeout_s: float = Field(600.0, gt=0, description="longest silence of a worker on the relay")
     otlp_traces_endpoint: str = Field("", description="where traces go (OTLP over HTTP); empty: nobody traces")
+    wake_patience_s: float = Field(120.0, ge=0, description="how long a request waits for a model that sleeps")
     hold_back_s: int = Field(60, ge=1, description="how long a request that killed two workers is refused")
 
     @field_validator("worker_token_file", "service_token_file", "cache_secret_file", "answer_secret_file")

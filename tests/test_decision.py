@@ -28,6 +28,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.path import RequestPath
 from gateway.settings import Settings
 from gateway.steps import Waiting, start
+from gateway.waking import Waking
 from tests.test_answers import SAID, FakeStore
 
 CHAT = "/v1/chat/completions"
@@ -85,7 +86,7 @@ class Bench:
 
         self.answers = Answers(self.store, is_running, metrics.answers, 60, 10_000, 30.0)  # type: ignore[arg-type]
         self.path = RequestPath(self.settings, self.table, self.authenticator, self.held, self.meter, metrics,  # type: ignore[arg-type]
-                                self.answers, self.aliases)
+                                self.answers, self.aliases, Waking(self.redis, self.table, self.settings.wake_patience_s))  # type: ignore[arg-type]
 
     def beat(self, name: str, models: tuple[str, ...] = ("m",), metered: bool = True, revision: str = "r1", keeps: bool = True) -> None:
         self.table.take(msgspec.json.encode(Heartbeat(

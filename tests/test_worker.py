@@ -9,15 +9,19 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import msgspec
 import pytest
 from redis.exceptions import RedisError
 
+from common import places
 from common.adapters import Adapter
+from common.places import Saying
 from common.redis.names import ADAPTERS, CHANNEL_WORKERS, WORKERS, worker_key
 from common.workers import Model
+from services.worker import turns
 from services.worker.agent import Agent
 from services.worker.engines.attached import Attached
 from services.worker.engines.base import EngineSilent, Load, Numbers
@@ -61,7 +65,7 @@ class FakeLoader:
 class FakeEngine:
     """An engine whose process is a sleep."""
 
-    name, slots, metered = "fake", 4, True
+    name, slots, metered, model = "fake", 4, True, "base"
 
     def __init__(self, address: str, command: list[str] | None = NEVER) -> None:
         self.address, self._command = address, command
@@ -70,7 +74,8 @@ class FakeEngine:
         self.silent = False
         self.in_flight = self.reading = 0
         self.steps = 0.0
-        self.cleaned = 0
+        self.cleaned = self.slept = self.woken = 0
+        self.can_sleep = False
 
     def command(self) -> list[str] | None:
         return self._command
@@ -82,7 +87,7 @@ class FakeEngine:
         return self.up
 
     async def models(self) -> list[Model]:
-        return [Model("base", 100, revision="r")]
+        return [Model(self.model, 100, revision="r")]
 
     async def load(self) -> Load:
         if self.silent:
@@ -96,6 +101,13 @@ class FakeEngine:
     @staticmethod
     async def still() -> Numbers:
         return Numbers(7.0)
+
+    async def sleep(self) -> bool:
+        self.slept += 1
+        return self.can_sleep
+
+    async def wake(self) -> None:
+        self.woken += 1
 
     def clean_up(self) -> None:
         self.cleaned += 1
@@ -155,7 +167,7 @@ async def living(stack: Stack, engine: FakeEngine | None = None, **fields: objec
         life.agent.stopping.set()
         await asyncio.wait_for(life.task, 20)
         assert not life.said(), "the last thing it does is to leave the table"
-        assert life.engine.cleaned == 2
+        assert life.engine.cleaned >= 2
         if life.agent._process._child is not None:
             assert life.agent._process._child.returncode is not None
 
@@ -353,6 +365,129 @@ class TestLife:
                 await life.until(lambda: life.said().get("state") == "stalled", "stalled")
                 await asyncio.sleep(1.5)
                 assert not life.task.done()
+
+        asyncio.run(live())
+
+
+class TestTurns:
+    """Workers that share a place: they sleep until requests wait for them, and again when others wait for theirs."""
+
+    SHARED: ClassVar[dict[str, object]] = {"place": "cpu", "on_demand": True}
+
+    @pytest.fixture(autouse=True)
+    def soon(self, monkeypatch: pytest.MonkeyPatch, floor: Stack) -> None:
+        monkeypatch.setattr(places, "LEAST_AWAKE_S", 0.3)
+        monkeypatch.setattr(turns, "SAY_EVERY_S", 0.1)
+        floor.redis("worker").delete("place:cpu")
+
+    @staticmethod
+    def wish(floor: Stack, model: str) -> None:
+        floor.redis().hset(f"wake:{model}", "test", "1")
+
+    def test_it_sleeps_until_somebody_waits_and_until_another_ones_turn(self, floor: Stack) -> None:
+        async def live() -> None:
+            one, two = (FakeEngine(f"127.0.0.1:{port}") for port in floor.worker_ports[:2])
+            two.model = "other"
+            async with living(floor, one, **self.SHARED, served_model_name="base") as a, \
+                    living(floor, two, **self.SHARED, served_model_name="other", worker_name="b") as b:
+                await a.until(lambda: a.said().get("state") == b.said().get("state") == "asleep", "asleep")
+                assert a.agent._process._child is None, "no engine runs"
+                assert a.models() == ["base"]
+                self.wish(floor, "base")
+                await a.until(lambda: a.said().get("state") == "ready", "awake")
+                assert a.said()["wake_s"] >= 0
+                floor.redis().delete("wake:base")
+                one.in_flight = 1
+                await a.until(lambda: a.said()["in_flight"] == 1, "busy")
+                self.wish(floor, "other")
+                await a.until(lambda: a.said().get("state") == "asleep", "no new requests")
+                await asyncio.sleep(0.5)
+                assert b.said()["state"] == "asleep", "not while a request runs"
+                assert a.agent._process._child is not None
+                one.in_flight = 0
+                await b.until(lambda: b.said().get("state") == "ready", "the other one's turn")
+                assert a.agent._process._child is None
+                floor.redis().delete("wake:other")
+                await asyncio.sleep(0.5)
+                assert b.said()["state"] == "ready", "nobody else wants its place"
+            assert (a.task.result(), b.task.result()) == (0, 0)
+
+        asyncio.run(live())
+
+    def test_a_tuned_model_of_one_that_sleeps_can_be_asked_for(self, floor: Stack) -> None:
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            engine.adapters = FakeLoader()
+            publish(floor, "ft:base:x:1")
+            async with living(floor, engine, **self.SHARED, served_model_name="base") as life:
+                await life.until(lambda: life.models() == ["base", "ft:base:x:1"], "listed")
+                self.wish(floor, "base")
+                await life.until(lambda: life.said().get("state") == "ready" and "ft:base:x:1" in life.models(), "loaded")
+                floor.redis().delete("wake:base")
+
+        asyncio.run(live())
+
+    def test_an_engine_that_can_sleep_keeps_its_process(self, floor: Stack) -> None:
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            engine.can_sleep = True
+            async with living(floor, engine, **{**self.SHARED, "on_demand": False}) as life:
+                await life.until(lambda: life.said().get("state") == "ready", "always there")
+                pid = life.pid()
+                trainer = floor.redis("trainer")
+                await life.until(lambda: trainer.eval(*places.call("cpu", Saying("t", "all", True)))[0] == 1, "given away")
+                assert (engine.slept, life.said()["state"], life.said()["held"], life.pid()) == (1, "asleep", "training", pid)
+                await asyncio.sleep(0.5)
+                assert life.said()["state"] == "asleep", "while the training works"
+                trainer.eval(*places.call("cpu", Saying("t", "all", False)))
+                await life.until(lambda: life.said().get("state") == "ready", "back")
+                assert (engine.woken, life.pid(), life.said()["held"]) == (1, pid, "")
+
+        asyncio.run(live())
+
+    @pytest.mark.parametrize("when", ["asleep", "waking", "draining"])
+    @pytest.mark.parametrize("what", ["stop", "die"])
+    def test_it_ends_whenever_it_is_told_or_dies(self, floor: Stack, when: str, what: str) -> None:
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            engine.up = when != "waking"
+            engine.in_flight = when == "draining"
+            async with living(floor, engine, **self.SHARED, served_model_name="base") as life:
+                await life.until(lambda: life.said().get("state") == "asleep", "asleep")
+                if when != "asleep":
+                    self.wish(floor, "base")
+                    await life.until(lambda: life.said().get("state") == ("waking" if when == "waking" else "ready"), when)
+                    await life.until(lambda: life.agent._process.runs, "started")
+                floor.redis().delete("wake:base")
+                if when == "draining":
+                    floor.redis("worker").eval(*places.call("cpu", Saying("x", "turn", True)))
+                    await life.until(lambda: life.said().get("state") == "asleep" or floor.redis("worker").eval(
+                        *places.call("cpu", Saying("x", "turn", True))) is None, "draining")
+                if what == "stop" or when == "asleep":
+                    engine.in_flight = 0
+                    life.agent.stopping.set()
+                    assert await asyncio.wait_for(life.task, 5) == 0
+                else:
+                    os.kill(life.pid(), signal.SIGKILL)
+                    assert await asyncio.wait_for(life.task, 5) == 1
+            floor.redis("worker").eval(*places.call("cpu", Saying("x", "turn", False)))
+            assert floor.redis("worker").eval(*places.call("cpu", Saying("y", "turn", True)))[0] == 1, "the place is free"
+
+        asyncio.run(live())
+
+    def test_redis_away_lets_everything_as_it_is(self, floor: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def live() -> None:
+            async with living(floor, **{**self.SHARED, "on_demand": False}) as life:
+                await life.until(lambda: life.said().get("state") == "ready", "there")
+                real = life.agent._turns._redis.eval
+
+                async def away(*_: object) -> None:
+                    raise RedisError("away")
+
+                monkeypatch.setattr(life.agent._turns._redis, "eval", away)
+                await asyncio.sleep(0.5)
+                assert life.said()["state"] == "ready"
+                monkeypatch.setattr(life.agent._turns._redis, "eval", real)
 
         asyncio.run(live())
 

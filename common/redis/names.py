@@ -10,6 +10,8 @@ What is live and bounded. State redis (AOF, noeviction):
     flushed:{recorder}    string with a TTL, number of the last flush        whoever meters
     key:{id}              string, JSON `ApiKey`                              python -m gateway.keys
     adapters              hash, model name -> JSON `Adapter`                 trainer; removed by the jobs service
+    wake:{model}          hash with a TTL, gateway -> requests that wait     gateways
+    place:{place}         hash with a TTL, member -> how it is (JSON)        agents; the trainer
     aliases               hash, alias -> JSON `Alias`                        jobs service; followed by gateways
     response:{key}:{id}   hash with a TTL: response, items, previous (JSON)  whoever meters; removed by gateways
     responses:{key}       sorted set, response id -> when it was last used   as above
@@ -48,6 +50,16 @@ def worker_key(worker_id: str) -> str:
 def running_key(worker_id: str) -> str:
     """Where the requests begun on a worker live."""
     return f"running:{worker_id}"
+
+
+def wake_key(model: str) -> str:
+    """Where gateways say that requests wait for a model that sleeps."""
+    return f"wake:{model}"
+
+
+def place_key(place: str) -> str:
+    """Where the engines of a place say whose turn it is."""
+    return f"place:{place}"
 
 
 def reaped_key(worker_id: str) -> str:

@@ -147,3 +147,70 @@ FORGET_RESPONSES = """
 for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do redis.call('DEL', ARGV[1] .. id) end
 redis.call('DEL', KEYS[1], KEYS[2])
 """
+
+# KEYS[1] place:{place} ; ARGV[1] member, ARGV[2] kind (turn, always, all), ARGV[3] '1' wants to be awake, ARGV[4] how
+# it is (asleep, waking, awake), ARGV[5] '1' has requests, ARGV[6] ms since it was used, ARGV[7] members of kind turn
+# that are awake at once, ARGV[8] ms that it stays awake at least, ARGV[9] ms after which a silent one is forgotten.
+# Returns {1: it may be awake, 1: it is asked to sleep, how many are before it, 1: somebody has or wants all}.
+# Who may be awake is decided in one step, so that no two engines ever start on one card. `all` (a training) wants
+# everybody else asleep; while it waits or works nobody else wakes. Else whoever wants its turn first gets it: when no
+# place is free, the member that was used longest ago is asked, an idle one before a busy one, none before its time.
+TURN = """
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local me, kind, members = ARGV[1], ARGV[2], {}
+local flat = redis.call('HGETALL', KEYS[1])
+for i = 1, #flat, 2 do
+  local member = cjson.decode(flat[i + 1])
+  if member.seen + tonumber(ARGV[9]) < now then redis.call('HDEL', KEYS[1], flat[i]) else members[flat[i]] = member end
+end
+local mine = members[me] or {holds = false, since = now, wants = 0, asked = false}
+members[me] = mine
+mine.kind, mine.seen, mine.busy, mine.used = kind, now, ARGV[5] == '1', now - tonumber(ARGV[6])
+if ARGV[3] ~= '1' then mine.holds, mine.wants, mine.asked = false, 0, false
+elseif ARGV[4] ~= 'asleep' and not mine.holds then mine.holds, mine.since, mine.wants = true, now, 0
+elseif not mine.holds and mine.wants == 0 then mine.wants = now end
+if ARGV[4] ~= 'awake' then mine.since = now end
+local names = {}
+for name in pairs(members) do names[#names + 1] = name end
+table.sort(names)
+local holders, ahead, everybody = {}, 0, 0
+for _, name in ipairs(names) do
+  local member = members[name]
+  if name ~= me then
+    if member.kind == 'all' and (member.holds or member.wants > 0) then everybody = 1 end
+    if member.holds and (kind == 'all' or member.kind == 'turn') then holders[#holders + 1] = name end
+    if not member.holds and member.wants > 0 and member.kind == kind
+      and (member.wants < mine.wants or (member.wants == mine.wants and name < me)) then ahead = ahead + 1 end
+  end
+end
+local places = kind == 'all' and 1 or tonumber(ARGV[7])
+if kind == 'always' then holders = {} end
+if mine.wants > 0 and (kind == 'all' or everybody == 0) then
+  local missing = kind == 'all' and #holders or #holders + ahead + 1 - places
+  if missing <= 0 and (kind ~= 'all' or ahead == 0) then mine.holds, mine.since, mine.wants = true, now, 0
+  else
+    local able = {}
+    for _, name in ipairs(holders) do
+      local member = members[name]
+      local its_time = kind == 'all' or now - member.since >= tonumber(ARGV[8])
+      if member.asked then missing = missing - 1
+      elseif its_time and member.kind ~= 'all' then able[#able + 1] = name end
+    end
+    table.sort(able, function(a, b)
+      local one, other = members[a], members[b]
+      if one.busy ~= other.busy then return other.busy end
+      if one.used ~= other.used then return one.used < other.used end
+      return a < b
+    end)
+    for i = 1, math.min(missing, #able) do
+      members[able[i]].asked = true
+      redis.call('HSET', KEYS[1], able[i], cjson.encode(members[able[i]]))
+    end
+  end
+end
+if everybody == 1 and mine.holds and kind ~= 'all' then mine.asked = true end
+redis.call('HSET', KEYS[1], me, cjson.encode(mine))
+redis.call('PEXPIRE', KEYS[1], ARGV[9])
+return {mine.holds and 1 or 0, mine.asked and 1 or 0, ahead, everybody}
+"""

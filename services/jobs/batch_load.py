@@ -12,6 +12,8 @@ from common.workers import WorkerTable
 from services.jobs.batch_limit import REMEMBERED, BatchLimit
 
 LOOK_EVERY_S = 0.1
+OPEN = frozenset({"ready", "asleep", "waking"})
+"""States of a worker that takes requests, now or once it is woken."""
 
 
 class BatchLoad:
@@ -39,7 +41,8 @@ class BatchLoad:
         self._interactive = sum(beat.interactive for beat in beats)
         if not self._beside:
             self.limit.learn(ttfts)
-        self.limit.look(slots=sum(beat.slots for beat in beats), interactive=self._interactive, ttfts_s=ttfts)
+        slots = sum(worker.beat.slots for worker in self._table.workers.values() if worker.beat.state in OPEN)
+        self.limit.look(slots=slots, interactive=self._interactive, ttfts_s=ttfts)
         self._beside = in_flight() > 0
 
     async def _history(self) -> list[float]:

@@ -16,7 +16,7 @@ from common.auth import Authenticator
 from common.database import Database
 from common.feed import Feed, load_workers
 from common.redis.connect import blocking, connect
-from common.redis.names import CHANNEL_KEYS, CHANNEL_WORKERS
+from common.redis.names import CHANNEL_KEYS, CHANNEL_WORKERS, wake_key
 from common.serving import Owner, exposition, make_api
 from common.tasks import end_tasks, failures_counter, start_all
 from common.workers import WorkerTable
@@ -51,6 +51,8 @@ class Ledger:
         self.costs = Costs(self._database, settings.hourly_usd, settings.budget_usd)
         self.last_minute = LastMinute()
         self.speeds = Speeds()
+        self._wished: dict[str, int] = {}
+        """Requests that wait for a sleeping worker, by its id."""
         self.last_hour = LastHour()
         self.neighbours = Neighbours(settings.gpu_exporter_url, settings.prometheus_url)
         self._tokens_today = 0
@@ -95,9 +97,13 @@ class Ledger:
         self.metrics.behind.set(time.time())
 
     async def _tend(self) -> None:
-        """Silent workers, speeds; call it every second."""
+        """Silent workers, speeds, who waits for sleeping ones; call it every second. Raises RedisError."""
         self.table.tend(connected=self._feed.connected)
         self.speeds.take(self.table.workers.values())
+        self._wished = {
+            worker.beat.id: sum(map(int, await self._redis.hvals(wake_key(worker.beat.models[0].id))))
+            for worker in self.table.workers.values() if worker.beat.state in ("asleep", "waking")
+        }
         total = self.total()
         self.last_hour.take(total["tokens_per_s"], int(total["in_flight"]), int(total["waiting"]))
 
@@ -127,7 +133,10 @@ class Ledger:
         return {
             "object": "status",
             "at": time.time(),
-            "workers": [describe(w.beat, speed) for w, speed in zip(workers, speeds, strict=True)],
+            "workers": [
+                describe(w.beat, speed) | {"wished": self._wished.get(w.beat.id, 0)}
+                for w, speed in zip(workers, speeds, strict=True)
+            ],
             "total": self.total(),
             "last_minute": self.last_minute.public(),
             "last_hour": list(self.last_hour.points),

@@ -24,24 +24,24 @@ ACL = """\
 user default off resetpass ~* &* +@all
 user health on nopass resetkeys resetchannels -@all +ping
 user gateway on #{gateway} resetkeys ~key:* ~worker:* ~workers ~running:* ~usage ~flushed:* ~reaped:* %R~aliases \
-~response:* ~responses:* ~responsesizes:* resetchannels &workers &keys &held &aliases -@all +ping +hello +multi +exec \
-+discard +get +set +del +exists +mget +scan +smembers +srem +hset +hget +hmget +hdel +hexists +hgetall +hvals +xadd \
-+xlen +xrange +zadd +zrem +zrange +zscore +hincrby +expire +time +publish +subscribe +unsubscribe +eval
+~response:* ~responses:* ~responsesizes:* ~wake:* resetchannels &workers &keys &held &aliases -@all +ping +hello \
++multi +exec +discard +get +set +del +exists +mget +scan +smembers +srem +hset +hget +hmget +hdel +hexists +hgetall \
++hvals +xadd +xlen +xrange +zadd +zrem +zrange +zscore +hincrby +expire +time +publish +subscribe +unsubscribe +eval
 user worker on #{worker} resetkeys ~worker:* ~workers ~running:* ~usage ~flushed:* %R~reaped:* %R~adapters \
-~response:* ~responses:* ~responsesizes:* resetchannels &workers -@all +ping +hello +multi +exec +discard +get +set \
-+del +exists +sadd +srem +hset +hget +hmget +hdel +hgetall +hvals +xadd +zadd +zrem +zrange +zscore +hincrby +expire \
-+time +publish +eval
+~response:* ~responses:* ~responsesizes:* %R~wake:* ~place:* resetchannels &workers -@all +ping +hello +multi +exec \
++discard +get +set +del +exists +sadd +srem +hset +hget +hmget +hdel +hgetall +hvals +xadd +zadd +zrem +zrange +zscore \
++hincrby +expire +pexpire +time +publish +eval
 user jobs on #{jobs} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~adapters ~aliases ~file:* ~files:* ~ftjob:* \
 ~ftjobs:* ~ftqueue ~fttaken ~ftlease:* ~ftevents:* ~ftcheckpoints:* ~bt:* ~bts:* ~btactive \
 resetchannels &workers &keys &aliases -@all +ping +hello +multi +exec +discard +get +del +mget +scan +smembers \
 +hget +hset +hgetall +hdel +lrange +xread +xrange +xrevrange +publish +subscribe +unsubscribe +eval
-user ledger on #{ledger} resetkeys %R~key:* %R~worker:* %R~workers %R~usage ~used:* ~ledger:* \
-resetchannels &workers &keys -@all +ping +hello +get +del +mget +scan +exists +smembers +hgetall +xread +xinfo|stream \
-+subscribe +unsubscribe
+user ledger on #{ledger} resetkeys %R~key:* %R~worker:* %R~workers %R~usage %R~wake:* ~used:* ~ledger:* \
+resetchannels &workers &keys -@all +ping +hello +get +del +mget +scan +exists +smembers +hgetall +hvals +xread \
++xinfo|stream +subscribe +unsubscribe
 user monitor on #{monitor} resetkeys %R~* resetchannels -@all +ping +hello +info +config|get +slowlog|len +slowlog|get \
 +latency|latest +latency|histogram +client|list +client|setname +select +scan +eval +evalsha +memory|usage
-user trainer on #{trainer} resetkeys %R~worker:* %R~workers ~adapters resetchannels -@all +ping +hello +mget +smembers \
-+hget +hvals +hsetnx +hdel
+user trainer on #{trainer} resetkeys %R~worker:* %R~workers ~adapters ~place:* resetchannels -@all +ping +hello +mget \
++smembers +hget +hset +hgetall +hvals +hsetnx +hdel +pexpire +time +eval
 """
 """Each service may do what it does and nothing else; `health` may only PING. `default` is off, so nobody is ever that
 user, but keeps its rights: redis 7.0 replays the AOF as `default`, and without them it drops every transaction and

@@ -1,29 +1,37 @@
-"""One worker's life: start, announce, drain, stop. What ends it, its engine's death or a signal, comes at any time."""
+"""One worker's life: start, announce, drain, stop. What ends it, its engine's death or a signal, comes at any time.
+
+A worker that shares its place with others lives that life again and again: it sleeps until requests wait for it and it
+is its turn, and sleeps again when others wait for theirs.
+"""
 
 import asyncio
 import contextlib
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from typing import Any
 
 from loguru import logger
+from redis.exceptions import RedisError
 
+from common.adapters import read_registry
 from common.redis.connect import connect
 from common.redis.names import ADAPTERS
-from common.tasks import end_tasks
-from common.workers import Model
+from common.tasks import end_tasks, repeat
+from common.workers import Model, State
 from services.worker import engines
 from services.worker.engines.base import Engine, EngineSilent
 from services.worker.heartbeat import Heart
 from services.worker.process import Process
 from services.worker.reconcile import Reconciler
 from services.worker.settings import WorkerSettings
+from services.worker.turns import Turns
 
 ASK_EVERY_S = 0.1
 LATE_DECISIONS_S = 0.3
 """Decisions that were made before gateways heard of the draining arrive within this."""
+LIST_EVERY_S = 1.0
 
 
 class EngineDied(Exception):
@@ -41,31 +49,110 @@ class Agent:
         self._process = Process(self._engine.command(), self._engine.environment())
         self._redis = connect(settings)
         self.heart = Heart(self._redis, self._engine, worker_id, settings.heartbeat_s, settings.stall_s)
+        self._turns = Turns(self._redis, settings, self.heart) if settings.place else None
+        self._models = [Model(settings.served_name, settings.max_model_len)]
         self._patience_s = settings.stall_restart_s if self._engine.command() is not None else math.inf
         self.stopping = asyncio.Event()
 
     async def run(self) -> int:
         """Until told to stop (0) or the engine dies (1)."""
-        worker_id = self.heart.beat.id
         self._engine.clean_up()
-        pid = await self._process.start()
-        logger.info("engine starting", worker=worker_id, pid=pid, engine=self._engine.name, model=self._settings.model)
+        turning = [] if self._turns is None else [asyncio.create_task(self._turns.run())]
         try:
-            if await self._unless_stopped(self._come_up()):
-                await self._unless_stopped(self._serve())
-                await self._unless_died(self._drain())
+            while await self._live_once():
+                pass
             return 0
         except EngineDied as error:
-            logger.error("engine died", worker=worker_id, reason=str(error))
+            logger.error("engine died", worker=self.heart.beat.id, reason=str(error))
             return 1
         finally:
             await self.heart.tell("gone")
             await self._process.stop()
             self._engine.clean_up()
+            await end_tasks(turning)
+            if self._turns is not None:
+                with contextlib.suppress(RedisError, OSError):  # else it is forgotten after a while
+                    await self._turns.leave()
             # Only now: a gateway settles as lost whatever a worker without this key left running.
             await self.heart.forget()
             await self._engine.close()
             await self._redis.aclose()
+
+    async def _live_once(self) -> bool:
+        """From one sleep to the next; False: told to stop. Raises EngineDied."""
+        if self._turns is not None:
+            async with self._resting("asleep"), self._listing_adapters():
+                if not await self._unless_stopped(self._turns.may_wake()):
+                    return False
+            self._turns.is_now("waking")
+        async with self._resting("waking"):
+            if not await self._unless_stopped(self._wake()):
+                return False
+        if self._turns is None:
+            await self._unless_stopped(self._serve())
+        else:
+            self._turns.is_now("awake")
+            asked = await self._unless_stopped(self._first(self._serve(), self._turns.must_sleep()))
+            if asked and await self._unless_stopped(self._first(self._watch(), self._drain("asleep", math.inf))):
+                await self._put_to_sleep(self._turns)
+                return True
+        await self._unless_died(self._drain("draining", self._settings.drain_timeout_s))
+        return False
+
+    @contextlib.asynccontextmanager
+    async def _resting(self, state: State) -> AsyncIterator[None]:
+        """Say so meanwhile; who shares no place is announced only when it can be asked."""
+        tasks = [] if self._turns is None else [asyncio.create_task(self.heart.rest(state))]
+        try:
+            yield
+        finally:
+            await end_tasks(tasks)
+
+    @contextlib.asynccontextmanager
+    async def _listing_adapters(self) -> AsyncIterator[None]:
+        """While it sleeps its tuned models can be asked for too: that wakes it."""
+        self.heart.serves(self._models, [])
+
+        async def look() -> None:
+            registry = read_registry(await self._redis.hgetall(ADAPTERS))
+            base = self._models[0]
+            self.heart.serves(self._models, [
+                Model(a.name, base.max_model_len, a.created, base.id) for a in registry.values() if a.base == base.id
+            ])  # fmt: skip
+
+        serving = self._engine.adapters is not None
+        tasks = [asyncio.create_task(repeat("the list of adapters", look, LIST_EVERY_S))] if serving else []
+        try:
+            yield
+        finally:
+            await end_tasks(tasks)
+
+    async def _wake(self) -> None:
+        """The engine started, or woken, and announced. Raises EngineDied."""
+        began, worker_id = time.monotonic(), self.heart.beat.id
+        if self._process.runs:
+            try:
+                await self._engine.wake()
+            except EngineSilent as error:
+                raise EngineDied(f"does not wake: {error}") from error
+        else:
+            pid = await self._process.start()
+            logger.info(
+                "engine starting", worker=worker_id, pid=pid, engine=self._engine.name, model=self._settings.model
+            )
+        # Its death is noticed from here on.
+        await self._unless_died(self._come_up())
+        if self._turns is not None:
+            self.heart.beat.wake_s = round(time.monotonic() - began, 1)
+
+    async def _put_to_sleep(self, turns: Turns) -> None:
+        """Its memory is free when this is over."""
+        if not await self._engine.sleep():
+            await self._process.stop()
+            self._engine.clean_up()
+        turns.is_now("asleep")
+        self.heart.beat.waiting, self.heart.beat.kv_use = 0, 0.0
+        logger.info("engine asleep", worker=self.heart.beat.id, process="kept" if self._process.runs else "stopped")
 
     async def _come_up(self) -> bool:
         """Until the engine is healthy and has said what it serves."""
@@ -92,6 +179,17 @@ class Agent:
         finally:
             await end_tasks(tasks)
 
+    @staticmethod
+    async def _first(one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None]) -> None:
+        """Until one of the two is over, and raises what it raises."""
+        tasks = [asyncio.create_task(one), asyncio.create_task(other)]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            await end_tasks(tasks)
+
     async def _watch(self) -> None:
         """Raises EngineDied once it has been stalled for too long: whoever starts us starts it anew."""
         while True:
@@ -111,16 +209,16 @@ class Agent:
             self._settings.adapters_dir, announce, quiet_s=2 * self._settings.heartbeat_s,
         )
 
-    async def _drain(self) -> None:
+    async def _drain(self, state: State, patience_s: float) -> None:
         """Out of the table first, then wait for what runs."""
-        deadline = time.monotonic() + self._settings.drain_timeout_s
-        await self.heart.tell("draining")
-        await asyncio.sleep(min(LATE_DECISIONS_S, self._settings.drain_timeout_s))
+        deadline = time.monotonic() + patience_s
+        await self.heart.tell(state)
+        await asyncio.sleep(min(LATE_DECISIONS_S, patience_s))
         while time.monotonic() < deadline:
             await self.heart.observe()
-            if self.heart.beat.in_flight + self.heart.reading == 0:
+            if not self.heart.busy:
                 break
-            await self.heart.tell("draining")
+            await self.heart.tell(state)
             await asyncio.sleep(self._settings.heartbeat_s)
         logger.info("drained", worker=self.heart.beat.id, left=self.heart.beat.in_flight)
 

@@ -40,6 +40,7 @@ class Heart:
         self._numbers_at = 0.0
         self._heard_of = {"publish": True, "set": True}
         self._told, self._told_at = "", 0.0
+        self._used_at = time.monotonic()
 
     def serves(self, base: list[Model], adapters: list[Model]) -> None:
         """What the next heartbeat lists."""
@@ -52,6 +53,22 @@ class Heart:
             await self.observe()
             await self.tell(self.state(), news_only=True)
             await asyncio.sleep(self._every_s)
+
+    async def rest(self, state: State) -> None:
+        """Say that it is so, until cancelled: nobody is to be sent there."""
+        while True:
+            await self.tell(state, news_only=True)
+            await asyncio.sleep(self._every_s)
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is served."""
+        return self.beat.in_flight + self.reading > 0
+
+    @property
+    def idle_s(self) -> float:
+        """How long nobody was."""
+        return 0.0 if self.busy else time.monotonic() - self._used_at
 
     async def observe(self) -> None:
         """Ask the engine for its load, and now and then for its numbers."""
@@ -68,11 +85,15 @@ class Heart:
             logger.warning("engine does not answer", worker=self.beat.id, error=str(error))
         if self.beat.in_flight == 0:
             self._stepped_at = time.monotonic()
+        if self.busy:
+            self._used_at = time.monotonic()
 
     async def _read_numbers(self) -> None:
         numbers, beat = await self._engine.numbers(), self.beat
         if numbers.steps != self._steps or not self._engine.metered:  # who tells no steps is not seen to be stuck
             self._steps, self._stepped_at = numbers.steps, time.monotonic()
+        if numbers.prompt_tokens != beat.prompt_tokens:  # too short to be seen in flight
+            self._used_at = time.monotonic()
         beat.waiting, beat.kv_use = numbers.waiting, numbers.kv_use
         beat.prompt_tokens, beat.cached_tokens = numbers.prompt_tokens, numbers.cached_tokens
         beat.generated_tokens = numbers.generated_tokens

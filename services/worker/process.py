@@ -17,6 +17,11 @@ class Process:
         self._command, self._environment = command, environment
         self._child: asyncio.subprocess.Process | None = None
 
+    @property
+    def runs(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._child is not None and self._child.returncode is None
+
     async def start(self) -> int | None:
         """Start it; its process id."""
         if self._command is None:
@@ -46,6 +51,7 @@ class Process:
                 break
         with contextlib.suppress(ProcessLookupError):  # its own children, should any be left
             os.killpg(child.pid, signal.SIGKILL)
+        self._child = None
 
 
 def _die_with_parent() -> None:

@@ -43,6 +43,9 @@ class WorkerSettings(StateSettings):
     cpu_threads_bind: str = Field("", description="CPU only: VLLM_CPU_OMP_THREADS_BIND; default: by core count")
     otlp_traces_endpoint: str = Field("", description="where traces go (OTLP over HTTP); empty: nobody traces")
     engine_args: str = Field("", description="further vLLM flags, as on a command line")
+    place: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="a GPU or CPU shared with others; empty: its own")
+    on_demand: bool = Field(False, description="start the engine when requests wait for it, and take turns")
+    awake_at_once: int = Field(1, ge=1, description="on_demand workers of one place that are awake at once")
     start_timeout_s: float = Field(1800.0, gt=0)
     drain_timeout_s: float = Field(120.0, ge=0)
     heartbeat_s: float = Field(0.2, gt=0, le=1)
@@ -74,6 +77,8 @@ class WorkerSettings(StateSettings):
             read_secret(self.kv_secret_file)
         if self.answer_secret_file is not None:
             read_secret(self.answer_secret_file)
+        if self.on_demand and not (self.place and self.engine == "vllm"):
+            raise ValueError("ON_DEMAND needs PLACE, and an engine that can be started")
         if self.engine == "attached" and not self.engine_url:
             raise ValueError("ENGINE=attached needs ENGINE_URL")
         if self.engine == "vllm" and not self.model:

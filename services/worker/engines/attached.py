@@ -64,6 +64,11 @@ class Attached:
         _, waiting, kv_use = await self._metrics()
         return Numbers(waiting=int(waiting), kv_use=kv_use)
 
+    async def sleep(self) -> bool:
+        return False
+
+    async def wake(self) -> None: ...
+
     def clean_up(self) -> None:
         return
 

@@ -104,6 +104,12 @@ class Engine(Protocol):
     async def numbers(self) -> Numbers:
         """Asked once a second."""
 
+    async def sleep(self) -> bool:
+        """Free the GPU and keep the process. False: it cannot, and its process is to be stopped."""
+
+    async def wake(self) -> None:
+        """After `sleep`. Raises EngineSilent."""
+
     def clean_up(self) -> None:
         """Remove what an engine that died may have left on this machine. Called before the start and after the end."""
 

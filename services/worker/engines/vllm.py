@@ -6,8 +6,10 @@ from hashlib import blake2b
 
 import httpx
 import msgspec
+import psutil
 from loguru import logger
 
+from common import checkpoint
 from common.workers import Model
 from services.worker import identity
 from services.worker.engines.base import (
@@ -30,6 +32,14 @@ _METRICS = Prometheus(
     b"vllm:iteration_tokens_total_count", b"vllm:num_requests_waiting", b"vllm:kv_cache_usage_perc",
     b"vllm:prompt_tokens_total", b"vllm:prompt_tokens_cached_total", b"vllm:generation_tokens_total",
 )
+
+
+SLEEP_TIMEOUT_S = 120.0
+
+
+def _host_has_room(settings: WorkerSettings) -> bool:
+    """Whether host memory can take the weights of a sleeping engine."""
+    return psutil.virtual_memory().available > 1.2 * checkpoint.weights_bytes(settings.model, settings.model_revision)
 
 
 class Vllm:
@@ -76,6 +86,24 @@ class Vllm:
     async def numbers(self) -> Numbers:
         steps, waiting, kv_use, prompt, cached, generated = _METRICS.read(await get(self._http, "/metrics"))
         return Numbers(steps, int(waiting), kv_use, int(prompt), int(cached), int(generated))
+
+    async def sleep(self) -> bool:
+        """Level 1: weights in host memory, KV blocks forgotten. On a CPU there is no other memory to put them in."""
+        if not command.sleeps(self._settings) or not _host_has_room(self._settings):
+            return False
+        return await self._tell("/sleep?level=1&mode=wait")
+
+    async def wake(self) -> None:
+        if not await self._tell("/wake_up"):
+            raise EngineSilent("/wake_up: refused")
+
+    async def _tell(self, path: str) -> bool:
+        try:
+            answer = await self._http.post(path, timeout=SLEEP_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            logger.warning("engine does not obey", path=path, error=type(error).__name__)
+            return False
+        return answer.is_success
 
     def clean_up(self) -> None:
         shm.sweep()

@@ -71,6 +71,8 @@ def command(settings: WorkerSettings) -> list[str]:
             "--gpu-memory-utilization", str(settings.gpu_memory_utilization),
             "--tensor-parallel-size", str(settings.tensor_parallel_size),
         ]  # fmt: skip
+        if sleeps(settings):
+            args.append("--enable-sleep-mode")
     else:
         args += ["--enforce-eager", "--worker-cls", "services.worker.vllm.cpu.Worker"]
     decoder = family.is_decoder(checkpoint.config(settings.model, settings.model_revision))
@@ -87,6 +89,11 @@ def adapters(settings: WorkerSettings) -> list[str]:
         "--enable-lora", "--max-loras", str(settings.max_loras), "--max-lora-rank", str(MAX_LORA_RANK),
         "--max-cpu-loras", str(max(settings.max_loras, KEPT_ADAPTERS)),
     ]  # fmt: skip
+
+
+def sleeps(settings: WorkerSettings) -> bool:
+    """Whether its engine can give a GPU free without ending (vLLM's sleep mode)."""
+    return settings.accelerator == "cuda" and bool(settings.place)
 
 
 def serves_adapters(settings: WorkerSettings) -> bool:
@@ -167,6 +174,8 @@ def environment(settings: WorkerSettings) -> dict[str, str]:
         env |= {"OTEL_SERVICE_NAME": "worker", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
     if serves_adapters(settings):
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # behind the worker's token; nginx never routes there
+    if sleeps(settings):
+        env["VLLM_SERVER_DEV_MODE"] = "1"  # /sleep and /wake_up; behind the worker's token, nginx never routes there
     if settings.accelerator == "cuda":
         env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # it would be compiled with the host's nvcc, in front of a client
     else:

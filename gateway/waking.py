@@ -1,0 +1,103 @@
+"""Requests that wait for a model that sleeps. Workers look for `wake:{model}`, which is there while somebody waits."""
+
+import asyncio
+import math
+import secrets
+import time
+from collections.abc import Awaitable, Sequence
+
+from loguru import logger
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from common import errors
+from common.redis.names import wake_key
+from common.tasks import end_tasks
+from common.workers import Worker, WorkerTable
+
+LOOK_EVERY_S = 0.02
+WISH_EVERY_S = 1.0
+WISH_TTL_S = 5
+MAX_WAITING = 256
+"""Requests that wait for one model here; more are told to come back."""
+UNKNOWN_WAKE_S = 30
+
+
+class Waking:
+    """Who waits for what."""
+
+    def __init__(self, redis: Redis, table: WorkerTable, patience_s: float) -> None:
+        self._redis, self._table, self._patience_s = redis, table, patience_s
+        self._name = secrets.token_hex(4)
+        self._waiting: dict[str, int] = {}
+        self._wishing: dict[str, asyncio.Task[None]] = {}
+
+    def wait(self, model: str, sleepers: Sequence[Worker]) -> Awaitable[None]:
+        """Until a worker that serves the model is awake. Raises Unavailable, at once when it would take too long."""
+        expected_s = min((worker.beat.wake_s for worker in sleepers), default=0.0)
+        held = {worker.beat.held for worker in sleepers}
+        if "" not in held:
+            raise errors.Unavailable(
+                f"The model {model!r} sleeps while its GPU is used for {held.pop()}.",
+                code="model_asleep", retry_after_s=UNKNOWN_WAKE_S,
+            )
+        base = next(m.parent or m.id for m in sleepers[0].beat.models if m.id == model)
+        if self._waiting.get(base, 0) >= MAX_WAITING:
+            raise errors.Unavailable(
+                f"{MAX_WAITING} requests wait for the model {model!r} already.",
+                code="model_waking", retry_after_s=self._retry_after_s(expected_s),
+            )
+        self._wish(base)
+        if expected_s > self._patience_s:
+            raise errors.Unavailable(
+                f"The model {model!r} is being woken; that takes about {expected_s:.0f} s.",
+                code="model_waking", retry_after_s=self._retry_after_s(expected_s),
+            )
+        return self._until_awake(model, base, expected_s)
+
+    async def close(self) -> None:
+        """Wish no more."""
+        await end_tasks(self._wishing.values())
+
+    async def _until_awake(self, model: str, base: str, expected_s: float) -> None:
+        deadline = time.monotonic() + self._patience_s
+        self._waiting[base] = self._waiting.get(base, 0) + 1
+        try:
+            while not self._table.serving(model).workers:
+                if time.monotonic() > deadline:
+                    raise errors.Unavailable(
+                        f"The model {model!r} did not wake within {self._patience_s:.0f} s (WAKE_PATIENCE_S).",
+                        code="model_waking", retry_after_s=self._retry_after_s(expected_s),
+                    )
+                self._wish(base)
+                await asyncio.sleep(LOOK_EVERY_S)
+        finally:
+            self._waiting[base] -= 1
+
+    def _wish(self, base: str) -> None:
+        """Say that it is waited for, as long as it is."""
+        if base not in self._wishing:
+            task = self._wishing[base] = asyncio.create_task(self._keep_wishing(base))
+            task.add_done_callback(lambda _: self._wishing.pop(base, None))
+
+    async def _keep_wishing(self, base: str) -> None:
+        key, away = wake_key(base), False
+        while True:
+            try:
+                async with self._redis.pipeline(transaction=True) as pipe:
+                    pipe.hset(key, self._name, str(self._waiting.get(base, 0)))
+                    pipe.expire(key, WISH_TTL_S)
+                    await pipe.execute()
+                away = False
+            except (RedisError, OSError) as error:
+                if not away:
+                    logger.warning("a model is not woken", model=base, error=str(error) or type(error).__name__)
+                away = True
+            await asyncio.sleep(WISH_EVERY_S)
+            if not self._waiting.get(base):
+                self._waiting.pop(base, None)
+                return  # the wish is forgotten by itself, after enough time for a worker to have seen it
+
+    @staticmethod
+    def _retry_after_s(expected_s: float) -> int:
+        return math.ceil(expected_s) or UNKNOWN_WAKE_S
