@@ -2,6 +2,7 @@
 # make env     exports for the openai SDK                           make top      the running stack in the terminal
 # make key NAME=alice    one more API key                           make keys     all of them; make revoke ID=… ends one
 # make finetune DATA=questions.jsonl    your own model from your own questions (HELDOUT=file SUFFIX=name EPOCHS=3)
+# make apply   models.yaml as it is now, while the stack serves     make restart  all workers and the gateway anew, as well
 # make plan    what fits on which GPU, how fast, at what price (MODEL=org/name GPU="RTX 4090" GPUS=1 TOKENS=8192)
 # make backup  everything in one archive, while it runs             make restore FROM=…   into an empty STATE_DIR
 # make test    everything that can be tested here                   make check    linters and types
@@ -11,10 +12,10 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key keys revoke doctor plan backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults base-images clean
+.PHONY: help up env key keys revoke doctor plan apply restart backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults base-images clean
 
 help:
-	@sed -n '1,8s/^# //p' Makefile
+	@sed -n '1,9s/^# //p' Makefile
 
 up: .venv/.ready
 	@exec $(PY) -m services.local up
@@ -33,6 +34,12 @@ keys: .venv/.ready
 
 doctor: .venv/.ready
 	@$(PY) -m services.local doctor
+
+apply: .venv/.ready
+	@$(PY) -m services.local apply
+
+restart: .venv/.ready
+	@$(PY) -m services.local restart
 
 plan: .venv/.ready
 	@$(PY) -m services.local plan

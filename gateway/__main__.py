@@ -16,6 +16,8 @@ from uvicorn.supervisors import Multiprocess
 
 from common.settings import read_settings
 
+BACKLOG = 4096
+
 
 def main() -> None:
     """Parse the few things that belong to the process rather than to the gateway, check the settings, serve."""
@@ -37,7 +39,7 @@ def main() -> None:
     config = uvicorn.Config(
         "gateway.app:create", factory=True, host=args.host, port=args.port, workers=args.processes, loop="uvloop",
         http=DecisionProtocol, access_log=False, log_level="warning", server_header=False, date_header=False,
-        proxy_headers=False, lifespan="on", timeout_keep_alive=75, backlog=4096, timeout_graceful_shutdown=120,
+        proxy_headers=False, lifespan="on", timeout_keep_alive=75, backlog=BACKLOG, timeout_graceful_shutdown=120,
     )
     sockets = [config.bind_socket(), *([bind(args.socket)] if args.socket else [])]
     try:
@@ -71,11 +73,14 @@ class Server(uvicorn.Server):
 
 
 def bind(path: Path) -> socket.socket:
-    """A unix socket at `path`, whoever left one there. Everybody who can reach the folder may connect, as with TCP."""
-    path.unlink(missing_ok=True)
+    """A unix socket at `path`, in the place of whoever listens there. All who reach the folder may connect."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.bind(str(path))
-    path.chmod(0o666)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    sock.bind(str(partial))
+    partial.chmod(0o666)
+    sock.listen(BACKLOG)
+    partial.replace(path)  # from here on connections come to us, and wait until we are up
     return sock
 
 

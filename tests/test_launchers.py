@@ -27,19 +27,20 @@ ONLY_COMPOSE = {
     "HF_HUB_OFFLINE": "workers have no way out; locally vLLM is told so for a model folder",
     "ENGINE_HOST": "the container's network; locally the loopback, which is the default",
     "TRAINER_METRICS_HOST": "as ENGINE_HOST", "NVIDIA_DRIVER_CAPABILITIES": "of NVIDIA's container toolkit",
-    "TRAIN_FOUR_BIT": "CUDA only, and `make up` has no CUDA yet",
+    "TRAIN_FOUR_BIT": "CUDA only; programs inherit it", "USER": "a container's user has no name",
+    "XDG_CACHE_HOME": "a volume; locally the user's own cache", "TRITON_CACHE_DIR": "as XDG_CACHE_HOME",
+    "TORCHINDUCTOR_CACHE_DIR": "as XDG_CACHE_HOME",
     "GATEWAY_PROCESSES": "python -m gateway reads it from the environment in both", "ACCELERATOR": "in the image",
 }
 ONLY_LOCAL = {
     "PYTHONPATH": "run from the folder", "PYTHONUNBUFFERED": "in the images",
     "WORKER_NAME": "several on one host; a container's name is its own", "ADVERTISE_HOST": "several on one host",
-    "ENGINE_PORT": "several on one host", "CPU_THREADS_BIND": "several on one host",
-    "DRAIN_TIMEOUT_S": "Ctrl-C should not take two minutes",
+    "ENGINE_PORT": "several on one host", "ACCELERATOR": "in the images",
     "CACHE_REDIS_URL": "shared by all programs here; only gateway and workers read it",
     "REDIS_URL": "shared by all programs here; the exporter does not read it",
 }
 NOT_A_DIAL_OF_MAKE_UP = {
-    "ACCELERATOR": "make up is for CPUs until it sees a driver", "MODELS_DIR": "MODEL is a folder there",
+    "MODELS_DIR": "MODEL is a folder there",
     "HF_TOKEN": "the hub library reads it itself", "WORKER_MEMORY": "a container's limit", "REDIS_MEMORY": "a container's limit",
     "CACHE_MEMORY": "a container's limit", "TRAINER_MEMORY": "a container's limit", "WORKER_SHM": "a container's limit",
     "ALERT_WEBHOOK_URL": "Alertmanager comes with the containers", "TRACES": "Tempo comes with the containers; OTLP_TRACES_ENDPOINT works",

@@ -539,7 +539,7 @@ class TestSettings:
 
         settings = (Settings, WorkerSettings, JobsSettings, TrainerSettings, LedgerSettings, ExporterSettings)
         known = {name.upper() for each in settings for name in each.model_fields}
-        known |= {"GATEWAY_PROCESSES", "HOME", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "NVIDIA_DRIVER_CAPABILITIES"}
+        known |= {"GATEWAY_PROCESSES", "HOME", "USER", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "NVIDIA_DRIVER_CAPABILITIES"}
         document = yaml.safe_load((ROOT / "compose.yaml").read_text())
         hardware = [yaml.safe_load((ROOT / f"services/{who}/hardware.yaml").read_text()) for who in ("worker", "trainer", "gpu_exporter")]
         for services in (each["services"] for each in (document, *hardware)):

@@ -4,7 +4,7 @@ The numbers are the makers' data sheets': dense (no sparsity) bf16 with fp32 acc
 bf16. `memory_bytes` is what NVML reports, which is less than the name says where the card keeps some for ECC.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB = 1 << 20
 MIN_DRIVER = 580
@@ -59,6 +59,11 @@ CARDS = (
     _card("H200", "NVIDIA H200", 143771, 4800, 989, 700, (9, 0)),
     _card("B200", "NVIDIA B200", 183359, 8000, 2250, 1000, (10, 0)),
 )
+
+
+def of_memory(card: Card, memory_bytes: int) -> Card:
+    """The same card with the memory that the driver says it has."""
+    return replace(card, memory_bytes=memory_bytes)
 
 
 def find(name: str) -> Card:

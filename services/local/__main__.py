@@ -18,12 +18,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from services.local import model as bundled
 from services.local import top
-from services.local.catalog import BUNDLED
 from services.local.commands import beside
 from services.local.configs import write_configs
 from services.local.errors import UserError
+from services.local.models import bring_models
 from services.local.plan import ROOT, Dials, Ports, pick_ports, read_dials
 from services.local.room import check_room
 from services.local.running import only_one, start, stop, wait_until_ready
@@ -40,18 +39,7 @@ def prepare(dials: Dials, progress: Progress) -> Ports:
     dials.run_dir.mkdir(mode=0o711, exist_ok=True)  # nginx drops root: its workers pass through
     if dials.run_dir.stat().st_uid != os.getuid():
         raise UserError(f"{dials.run_dir} belongs to another user; remove it or set XDG_RUNTIME_DIR.")
-    target = dials.models / bundled.NAME
-    if any(entry.source == BUNDLED for entry in dials.catalog.models) and not bundled.is_unpacked(target):
-        task = progress.add_task("unpacking the bundled model (once)", total=20.0)
-        with subprocess.Popen([sys.executable, "-m", "services.local.model", str(target)], cwd=ROOT,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            while process.poll() is None:
-                progress.advance(task, 0.1)
-                time.sleep(0.1)
-            if process.returncode:
-                text = process.stderr.read() if process.stderr else ""
-                raise UserError(f"The bundled model could not be unpacked: {text.strip().splitlines()[-1:]}")
-        progress.update(task, completed=20.0)
+    bring_models(dials, progress)
     made = subprocess.run([sys.executable, "-m", "services.secrets", str(dials.secrets)], cwd=ROOT, capture_output=True,
                           text=True, check=False)
     if made.returncode:

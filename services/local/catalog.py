@@ -7,7 +7,7 @@ of MODEL and WORKERS. Its JSON schema for editors is made from the classes here:
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -64,6 +64,10 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def revision(self) -> str:
         """A hub model's; empty: its main branch."""
         return "" if Path(self.source).is_absolute() else self.source.partition("@")[2]
+
+    def replaced(self, **fields: Any) -> "Entry":
+        """The same with other values."""
+        return msgspec.structs.replace(self, **fields)
 
     @property
     def slug(self) -> str:
@@ -141,7 +145,7 @@ def _is_folder(source: str) -> bool:
 def _absolute(entry: Entry, base: Path) -> Entry:
     if entry.engine == "attached" or not _is_folder(entry.source):
         return entry
-    return msgspec.structs.replace(entry, source=str((base / Path(entry.source).expanduser()).resolve()))
+    return entry.replaced(source=str((base / Path(entry.source).expanduser()).resolve()))
 
 
 def _line(root: yaml.Node | None, field: str) -> int:
@@ -170,7 +174,7 @@ class Place(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Whose on_demand models take turns."""
+        """Whose on_demand models take turns, and which a training takes as a whole."""
         return "gpu-" + "-".join(map(str, self.gpus)) if self.gpus else "cpu"
 
 
@@ -184,7 +188,7 @@ def environment(entry: Entry, models: Path, place: Place, awake: int) -> dict[st
         "MAX_LORAS": "" if entry.adapters and entry.task == "chat" else 0, "ENGINE_ARGS": entry.arguments,
     }
     if place.gpus:
-        found |= {"GPU_MEMORY_UTILIZATION": place.share, "TENSOR_PARALLEL_SIZE": len(place.gpus),
+        found |= {"GPU_MEMORY_UTILIZATION": place.share, "TENSOR_PARALLEL_SIZE": len(place.gpus), "PLACE": place.name,
                   "CUDA_VISIBLE_DEVICES": ",".join(map(str, place.gpus))}
     elif entry.kv_cache_gib is not None:
         found["KV_CACHE_GIB"] = entry.kv_cache_gib
@@ -203,22 +207,36 @@ def deal(catalog: Catalog, gpus: int) -> dict[str, list[Place]]:
     if not gpus or not ours:
         return dealt
     usual = _usual_share(catalog, ours, gpus)
-    free, turns = [MOST_SHARE] * gpus, [0.0] * gpus
+    free = [MOST_SHARE + 1e-9] * gpus
+    turns: dict[tuple[int, ...], float] = {}
     for entry in sorted(ours, key=lambda entry: (entry.start != "always", -entry.gpus)):  # the sort is stable
         share, dealt[entry.name] = entry.gpu_memory or usual, []
         for _ in range(entry.replicas):
-            needs = [share if entry.start == "always" else max(0.0, share - turn) * catalog.awake for turn in turns]
-            fit = [gpu for gpu in range(gpus) if needs[gpu] <= free[gpu] + 1e-9][: entry.gpus]
-            if len(fit) < entry.gpus:
-                left = ", ".join(f"GPU {gpu} has {left:.0%} left" for gpu, left in enumerate(free))
-                raise UserError(f"models.yaml: {entry.name} needs {share:.0%} of {entry.gpus} GPU(s), and {left}. "
-                                "Lower gpu_memory or replicas, or let models start on_demand.")
+            fit, more = _place(entry, share, free, turns, catalog.awake)
             for gpu in fit:
-                free[gpu] -= needs[gpu]
-                if entry.start == "on_demand":
-                    turns[gpu] = max(turns[gpu], share)
-            dealt[entry.name].append(Place(tuple(fit), share))
+                free[gpu] -= more
+            if entry.start == "on_demand":
+                turns[fit] = max(turns.get(fit, 0.0), share)
+            dealt[entry.name].append(Place(fit, share))
     return dealt
+
+
+def _place(
+    entry: Entry, share: float, free: Sequence[float], turns: Mapping[tuple[int, ...], float], awake: int
+) -> tuple[tuple[int, ...], float]:
+    """(GPUs for a worker, what it takes of each): one's turn at GPUs that others share, else the first with room."""
+    if entry.start == "on_demand":
+        for fit, turn in turns.items():
+            more = max(0.0, share - turn) * awake
+            if len(fit) == entry.gpus and all(free[gpu] >= more for gpu in fit):
+                return fit, more
+        share *= awake
+    found = tuple(gpu for gpu, left in enumerate(free) if left >= share)[: entry.gpus]
+    if len(found) < entry.gpus:
+        left = ", ".join(f"GPU {gpu} has {left:.0%} left" for gpu, left in enumerate(free))
+        raise UserError(f"models.yaml: {entry.name} needs {share:.0%} of {entry.gpus} GPU(s), and {left}. "
+                        "Lower gpu_memory or replicas, or let models start on_demand.")
+    return found, share
 
 
 def _usual_share(catalog: Catalog, ours: Sequence[Entry], gpus: int) -> float:

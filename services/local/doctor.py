@@ -17,6 +17,9 @@ import httpx
 from redis import Redis
 from redis.exceptions import RedisError
 
+from common import gpus as gpu
+from common.sizing import fit
+from common.sizing.cards import CannotSay
 from services.local.errors import UserError
 from services.local.plan import Dials, is_free
 from services.local.running import last_words, process_states
@@ -215,15 +218,16 @@ def gpus() -> Iterator[Finding]:
     if not list(Path("/dev").glob("nvidia[0-9]*")):
         yield Finding("GPU", "none: make up does without")
         return
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-        names = [
-            pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(n)) for n in range(pynvml.nvmlDeviceGetCount())
-        ]
-        yield Finding("GPU", f"{', '.join(map(str, names))}, driver {pynvml.nvmlSystemGetDriverVersion()}")
-    except pynvml.NVMLError as error:
+        found = gpu.look()
+    except gpu.GpusAway as error:
         yield Finding(
             "GPU", f"there is one, and its driver does not answer: {error}", "docs/runbooks/GpuUnreachable.md"
         )
+        return
+    try:
+        fit.check_driver(found)
+        old = ""
+    except CannotSay as error:
+        old = str(error)
+    yield Finding("GPU", f"{', '.join(one.name for one in found.gpus)}, driver {found.driver}", old)

@@ -10,8 +10,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import msgspec
-import pynvml
 
+from common import gpus
 from services.local import catalog
 from services.local import model as bundled
 from services.local.catalog import Catalog, Entry
@@ -19,6 +19,8 @@ from services.local.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 MIN_WORKER_PORTS = 16
+BEFORE_MODELS_FILE = ("MODEL", "MODEL_REVISION", "WORKERS", "SERVED_MODEL_NAME")
+"""Dials that say what is served; with models.yaml they say nothing."""
 ONE_BUNDLED = Catalog(models=[Entry(name=bundled.NAME)])
 
 
@@ -86,8 +88,8 @@ class Dials:
 def read_dials() -> Dials:
     """The dials from the environment, and models.yaml if it is there. Raises UserError naming the bad one."""
     state = Path(os.environ.get("STATE_DIR") or ROOT / ".state").absolute()
-    file = Path(os.environ.get("MODELS_FILE") or ROOT / "models.yaml")
-    chosen = [name for name in ("MODEL", "WORKERS", "SERVED_MODEL_NAME") if os.environ.get(name)]
+    file = models_path()
+    chosen = [name for name in BEFORE_MODELS_FILE if os.environ.get(name)]
     if file.exists():
         if chosen:
             raise UserError(f"{chosen[0]}={os.environ[chosen[0]]}: {file} says what is served; change it there.")
@@ -101,6 +103,11 @@ def read_dials() -> Dials:
     except ValueError as error:
         raise UserError(f"PORT is a whole number: {error}.") from error
     return Dials(state, found, models_file, gpus=gpus_to_use(), port=port, host=os.environ.get("HOST") or "127.0.0.1")
+
+
+def models_path() -> Path:
+    """Where models.yaml is, if there is one."""
+    return Path(os.environ.get("MODELS_FILE") or ROOT / "models.yaml")
 
 
 def _one_model() -> Catalog:
@@ -140,13 +147,12 @@ def gpus_to_use() -> int:
     if asked == "cpu" or (asked == "auto" and not installed_for_cuda()):
         return 0
     try:
-        pynvml.nvmlInit()
-        count = int(pynvml.nvmlDeviceGetCount())
-    except pynvml.NVMLError as error:
+        found = gpus.look()
+    except gpus.GpusAway as error:
         raise UserError(f"The NVIDIA driver does not answer ({error}); without a GPU: ACCELERATOR=cpu") from error
-    if not count:
+    if not found.gpus:
         raise UserError("The NVIDIA driver knows no GPU; without one: ACCELERATOR=cpu")
-    return count
+    return len(found.gpus)
 
 
 def installed_for_cuda() -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.local import catalog
 from services.local.catalog import Entry
 from services.local.configs import find_exporter, find_nginx
 from services.local.plan import ROOT, Dials, Ports
@@ -30,6 +31,8 @@ stdout_logfile_backups=2
 redirect_stderr=true
 """
 
+GATEWAY_STOP_S = 130
+"""Requests that it relays, or that wait for a model, are finished."""
 WORKER_STOP_S = 150
 """Drained for DRAIN_TIMEOUT_S (120) at most, then the engine is stopped. Without nginx nobody is left to wait for."""
 
@@ -58,8 +61,7 @@ def programs(dials: Dials, ports: Ports, workers: Sequence[Worker]) -> list[Prog
     found = [*redis_servers(dials), *(worker(dials, one) for one in workers)]
     prometheus = shutil.which("prometheus")
     found += [
-        ours("gateway", dials, ["--port", str(ports.gateway), "--socket", str(dials.gateway_socket)],
-             secrets=("redis_password", "worker_token", "service_token", "cache_secret", "answer_secret")),
+        gateway(dials, ports.gateway),
         ours("jobs", dials, ["--port", str(ports.jobs)], {
             "GATEWAY_URL": f"http://127.0.0.1:{ports.inner}", "FILES_DIR": str(dials.state / "files"),
             "DATABASE_URL": os.environ.get("JOBS_DATABASE_URL") or f"sqlite:///{dials.state.resolve()}/jobs.db",
@@ -94,6 +96,13 @@ def ours(
     files = {f"{secret.upper()}_FILE": str(dials.secrets / program / secret) for secret in secrets}
     return Program(name, [sys.executable, "-m", module, *arguments], shared | files | (env or {}),
                    **{"priority": 30, **how})
+
+
+def gateway(dials: Dials, port: int, name: str = "gateway") -> Program:
+    """The gateway, or the next one, which takes over the socket."""
+    return ours(name, dials, ["--port", str(port), "--socket", str(dials.gateway_socket)],
+                secrets=("redis_password", "worker_token", "service_token", "cache_secret", "answer_secret"),
+                program="gateway", stop_s=GATEWAY_STOP_S)
 
 
 def redis_servers(dials: Dials) -> list[Program]:
@@ -136,7 +145,14 @@ def trainer(dials: Dials, ports: Ports, base: Entry) -> Program:
         "RUNS_DIR": str(dials.state / "runs"),
         "ADAPTERS_DIR": str(dials.state / "adapters"),
         "TRAINER_METRICS_PORT": str(ports.trainer),
+        **trains_on(dials, base),
     }, secrets=("redis_password", "worker_token", "trainer_token"), stop_s=15)
+
+
+def trains_on(dials: Dials, base: Entry) -> dict[str, str]:
+    """The first GPU of the model that is trained; its engines sleep meanwhile. On a CPU both run beside each other."""
+    place = catalog.deal(dials.catalog, dials.gpus)[base.name][0]
+    return {"PLACE": place.name, "CUDA_VISIBLE_DEVICES": str(place.gpus[0])} if place.gpus else {}
 
 
 def prometheus_server(program: str, dials: Dials, ports: Ports) -> Program:

@@ -5,6 +5,11 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from common import gpus
+from common.sizing import fit
+from common.sizing.cards import CannotSay
+from common.sizing.memory import Serving
+from services.local import catalog
 from services.local import model as bundled
 from services.local.catalog import BUNDLED, Entry
 from services.local.errors import UserError
@@ -55,6 +60,20 @@ def largest(sizes: Iterable[int], count: int) -> int:
     return sum(sorted(sizes, reverse=True)[:count])
 
 
+def check_gpus(dials: Dials) -> None:
+    """Raise UserError when the driver is too old or a model cannot fit; models and cards it does not know pass."""
+    try:
+        found = gpus.look()
+        fit.check_driver(found)
+        for entry in dials.catalog.models:
+            for place in catalog.deal(dials.catalog, dials.gpus)[entry.name]:
+                if entry.engine == "vllm" and place.gpus:
+                    how = Serving(len(place.gpus), place.share, entry.max_tokens, entry.sequences, 4 * entry.adapters)
+                    fit.check_model(found, place.gpus, entry.model(dials.models), entry.revision, how)
+    except (gpus.GpusAway, CannotSay) as error:
+        raise UserError(f"{error}") from error
+
+
 def check_room(dials: Dials) -> None:
     """Raise UserError when memory or disk cannot hold the stack."""
     if not dials.gpus:
@@ -65,6 +84,8 @@ def check_room(dials: Dials) -> None:
                 f"{dial} needs about {needed / 1e9:.1f} GB of free memory; this machine has {available / 1e9:.1f} GB. "
                 "Stop other programs, or lower WORKERS or KV_CACHE_GIB, or let models start on_demand."
             )
+    else:
+        check_gpus(dials)
     free = shutil.disk_usage(dials.state).free
     unpacked = not any(e.source == BUNDLED for e in dials.catalog.models) or weights_bytes(
         str(dials.models / bundled.NAME)

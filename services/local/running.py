@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,15 +14,18 @@ from pathlib import Path
 from typing import IO, Any
 
 import httpx
+import msgspec
 from rich.progress import Progress
 from supervisor.xmlrpc import SupervisorTransport
 
 from services.local.errors import UserError
-from services.local.plan import ROOT, Dials, Ports
+from services.local.plan import BEFORE_MODELS_FILE, ROOT, Dials, Ports, models_path, read_dials
 from services.local.programs import programs, supervisor_config
 from services.local.workers import change, wanted, write
 
 USUAL_START_S = 30.0
+ONLY_HERE = ("WORKERS", "MODELS_FILE", "ADAPTERS_DIR")
+"""Dials of `make up` that compose has not."""
 
 
 @contextlib.contextmanager
@@ -40,6 +44,7 @@ def start(dials: Dials, ports: Ports) -> subprocess.Popen[bytes]:
     """supervisord with all programs; it stops them when this process is gone."""
     workers = change([], wanted(dials), iter(ports.workers)).new
     write(dials, workers)
+    remember(dials, ports)
     started = programs(dials, ports, workers)
     config = dials.run_dir / "supervisord.conf"
     config.write_text(supervisor_config(dials, started))
@@ -52,12 +57,52 @@ def start(dials: Dials, ports: Ports) -> subprocess.Popen[bytes]:
     )
 
 
+class Told(msgspec.Struct):
+    """What `make up` was told, for those who change the stack while it runs."""
+
+    dials: dict[str, str]
+    ports: Ports
+
+
+def dial_names() -> list[str]:
+    """Every dial there is."""
+    return re.findall(r"^#?([A-Z][A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.M) + list(ONLY_HERE)
+
+
+def remember(dials: Dials, ports: Ports) -> None:
+    """Write it down."""
+    path = dials.run_dir / "up.json"
+    path.touch(mode=0o600)
+    told = Told({name: os.environ[name] for name in dial_names() if name in os.environ}, ports)
+    path.write_bytes(msgspec.json.encode(told))
+
+
+def recall(state: Path) -> tuple[Dials, Ports]:
+    """The dials and ports of the stack that runs from a state folder; models.yaml as it is now. Raises UserError."""
+    path = Dials(state).run_dir / "up.json"
+    try:
+        told = msgspec.json.decode(path.read_bytes(), type=Told)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(f"There is no running stack in {state}; start it with: make up") from error
+    for name in dial_names():
+        os.environ.pop(name, None)
+    os.environ.update(told.dials | {"STATE_DIR": str(state)})
+    if models_path().exists():
+        for name in BEFORE_MODELS_FILE:
+            os.environ.pop(name, None)
+    return read_dials(), told.ports
+
+
+def supervisor_of(dials: Dials) -> Any:
+    """The stack's supervisord; each call of it raises OSError or xmlrpc.client.Error when it does not answer."""
+    transport = SupervisorTransport(None, None, f"unix://{dials.run_dir}/supervisor.sock")
+    return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
+
+
 def process_states(dials: Dials) -> dict[str, str]:
     """Program -> supervisord's state name; empty while supervisord is not up."""
-    transport = SupervisorTransport(None, None, f"unix://{dials.run_dir}/supervisor.sock")
-    proxy: Any = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
     try:
-        return {row["name"]: row["statename"] for row in proxy.supervisor.getAllProcessInfo()}
+        return {row["name"]: row["statename"] for row in supervisor_of(dials).supervisor.getAllProcessInfo()}
     except (OSError, xmlrpc.client.Error):
         return {}
 

@@ -4,6 +4,7 @@ Each run is a process of its own (`run.py`), so that a crash or a cancel ends th
 leased; whoever starts after a crash takes it up again, and the run goes on from its last checkpoint.
 """
 
+import datetime
 import shutil
 import signal
 import threading
@@ -20,6 +21,7 @@ from common.redis.connect import blocking
 from common.redis.names import ADAPTERS
 from common.settings import read_settings
 from services.trainer.jobs import Jobs, LeaseLost
+from services.trainer.place import is_time
 from services.trainer.runner import Runner, Stopped
 from services.trainer.settings import TrainerSettings
 
@@ -49,7 +51,8 @@ class Trainer:
         logger.info("trainer up", model=self._settings.model)
         while not self._stopping.is_set():
             try:
-                if (work := self._jobs.claim()) is not None:
+                now = datetime.datetime.now(datetime.UTC).time()
+                if is_time(self._settings.train_when, now) and (work := self._jobs.claim()) is not None:
                     Runner(self._settings, self._redis, work, self._stopping).run()
                     continue
                 self._tidy()

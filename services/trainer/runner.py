@@ -18,6 +18,7 @@ from common.files import File, new_id, pieces, sync_folder, write_whole
 from common.tuning import invalid_file, problem_events
 from services.trainer import gate, metrics, publish
 from services.trainer.jobs import LeaseLost, Work
+from services.trainer.place import Place
 from services.trainer.plan import DATA_AT_FAULT, PAUSED, Folder, Plan
 from services.trainer.process import Run
 from services.trainer.settings import TrainerSettings
@@ -43,6 +44,7 @@ class Runner:
         self._settings, self._redis, self._work, self._stopping = settings, redis, work, stopping
         self._job = work.job
         self._folder = Folder(settings.runs_dir / work.job.id)
+        self._place = Place(redis, settings)
 
     def run(self) -> None:
         """To the end. Raises LeaseLost, Stopped."""
@@ -116,11 +118,12 @@ class Runner:
                 return None
         folder.plan.write_bytes(msgspec.json.encode(self._plan()))
         wish = ""
-        with Run(folder) as run:
+        with self._place.taken(self._still, work.say), Run(folder) as run:
             while (said := run.next(POLL_S)) is not ...:
                 if said is not None:
                     self._hear(said)
                 work.keep()  # however much it has to say
+                self._place.keep()
                 if not wish and (wish := work.wish):
                     run.kill() if wish == "cancel" else folder.pause.touch()
                 if self._stopping.is_set():

@@ -22,6 +22,11 @@ class TrainerSettings(StateSettings):
     adapters_dir: Path = Field(description="published adapters; workers read it")
     train_max_tokens: int = Field(1024, ge=32, description="longer rows are cut")
     train_four_bit: bool = Field(False, description="load the base in 4 bits (GPU only)")
+    place: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="the GPU that engines give free meanwhile")
+    train_when: str = Field(
+        "idle", pattern=r"^(idle|now|([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d)$",
+        description="with PLACE: when nobody was served for a minute, at once, or between two times of day (UTC)",
+    )
     trainer_metrics_host: str = "127.0.0.1"
     trainer_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus text; 0: none")
 

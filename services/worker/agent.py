@@ -18,9 +18,10 @@ from redis.exceptions import RedisError
 from common.adapters import read_registry
 from common.redis.connect import connect
 from common.redis.names import ADAPTERS
+from common.sizing.cards import CannotSay
 from common.tasks import end_tasks, repeat
 from common.workers import Model, State
-from services.worker import engines
+from services.worker import engines, preflight
 from services.worker.engines.base import Engine, EngineSilent
 from services.worker.heartbeat import Heart
 from services.worker.process import Process
@@ -56,6 +57,11 @@ class Agent:
 
     async def run(self) -> int:
         """Until told to stop (0) or the engine dies (1)."""
+        try:
+            preflight.check(self._settings)
+        except CannotSay as error:
+            logger.error("engine died", worker=self.heart.beat.id, reason=str(error))
+            return 1
         self._engine.clean_up()
         turning = [] if self._turns is None else [asyncio.create_task(self._turns.run())]
         try:
@@ -136,6 +142,10 @@ class Agent:
             except EngineSilent as error:
                 raise EngineDied(f"does not wake: {error}") from error
         else:
+            try:
+                preflight.check_free(self._settings)
+            except CannotSay as error:
+                raise EngineDied(str(error)) from error
             pid = await self._process.start()
             logger.info(
                 "engine starting", worker=worker_id, pid=pid, engine=self._engine.name, model=self._settings.model

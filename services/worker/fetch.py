@@ -1,35 +1,107 @@
-"""Bring a model from the hub before the worker starts: `python -m services.worker.fetch MODEL`.
+"""Bring models from the hub before workers start: `python -m services.worker.fetch MODEL[@REVISION] ...`.
 
-Workers sit on a network without a way out, so this one-shot container downloads into the shared `hub` volume.
-A folder needs nothing. Only safetensors weights are fetched: nothing that has to be unpickled.
+Workers sit on a network without a way out, so in compose this is a one-shot container that downloads into the shared
+`hub` volume; `make up` calls it as well. A folder needs nothing. Only what vLLM and the trainer read is fetched:
+nothing that has to be unpickled, and no second copy of the weights in Mistral's or Meta's own format, which vLLM would
+prefer. What was broken off goes on where it was.
 """
 
 import argparse
+import fnmatch
+import os
+import shutil
 import sys
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+NOT_THESE = ["consolidated*", "params.json", "tekken.json", "tokenizer.model.v*", "original/*", "onnx/*", "openvino/*"]
+SPARE_BYTES = 1_000_000_000
+
+
+class Refused(Exception):
+    """What is wrong, for the user."""
+
+
+def wanted(name: str) -> bool:
+    """Whether a file of a repository is brought."""
+    return any(fnmatch.fnmatch(name, p) for p in PATTERNS) and not any(fnmatch.fnmatch(name, p) for p in NOT_THESE)
+
+
+def bring(model: str, revision: str) -> Path:
+    """Where it is now. Raises Refused."""
+    if Path(model).is_absolute():
+        if not Path(model, "config.json").exists():
+            raise Refused(f"{model}: no checkpoint (config.json) in that folder of the image or volume.")
+        return Path(model)
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        try:
+            info = HfApi().model_info(model, revision=revision or None, files_metadata=True)
+        except (OSError, HfHubHTTPError) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
+                raise
+            info = None  # no way out: what is here is taken
+        if info is not None:
+            check_disk(model, info.siblings or [], Path(constants.HF_HUB_CACHE))
+        return Path(snapshot_download(
+            model, revision=revision or None, allow_patterns=PATTERNS, ignore_patterns=NOT_THESE,
+            local_files_only=info is None,
+        ))  # fmt: skip
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        at = f"@{revision}" if revision else ""
+        raise Refused(f"{model}{at} cannot be downloaded: {str(error).strip().splitlines()[0]} "
+                      "(gated models, Llama among them, need HF_TOKEN)") from error
+
+
+def check_disk(model: str, files: list[Any], cache: Path) -> None:
+    """Raise Refused when what is not here yet has no room."""
+    blobs = cache / f"models--{model.replace('/', '--')}" / "blobs"
+    missing = 0
+    for file in files:
+        if not wanted(file.rfilename) or not file.size:
+            continue
+        digest = file.lfs.sha256 if file.lfs else file.blob_id
+        part = blobs / f"{digest}.incomplete"
+        if not (blobs / str(digest)).exists():
+            missing += file.size - (part.stat().st_size if part.exists() else 0)
+    place = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if missing and free < missing + SPARE_BYTES:
+        raise Refused(
+            f"{model} needs {(missing + SPARE_BYTES) / 1e9:.1f} GB of disk, and {place} has {free / 1e9:.1f} GB free: "
+            f"{(missing + SPARE_BYTES - free) / 1e9:.1f} GB are missing. Make room, or choose another HF_HOME."
+        )
+
+
+def check_drift() -> None:
+    """Raise Refused when compose was told of another models.yaml than the one there is."""
+    digest, file = os.environ.get("MODELS_DIGEST"), Path("/models.yaml")
+    if digest and file.is_file() and sha256(file.read_bytes()).hexdigest()[:12] != digest:
+        raise Refused("models.yaml was changed since `make apply`; run it again.")
+
+
+def told() -> list[str]:
+    """The models in the environment."""
+    one, revision = os.environ.get("MODEL", ""), os.environ.get("MODEL_REVISION", "")
+    return os.environ.get("MODELS", "").split() or ([f"{one}@{revision}" if revision else one] if one else [])
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m services.worker.fetch", description="Bring a model from the hub.")
-    parser.add_argument("model", help="a checkpoint folder (nothing to do) or a hub name like org/model")
-    model = parser.parse_args().model
-    if Path(model).is_absolute():
-        if not Path(model, "config.json").exists():
-            sys.exit(f"fetch: MODEL={model}: no checkpoint (config.json) in that folder of the image or volume.")
-        print(f"fetch: {model} is here")
-        return
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+    parser = argparse.ArgumentParser(prog="python -m services.worker.fetch", description="Bring models from the hub.")
+    parser.add_argument("models", nargs="*", help="a folder (nothing to do), or a hub name like org/model@revision; "
+                        "without any: those of MODELS, or MODEL and MODEL_REVISION, in the environment")
     try:
-        snapshot_download(model, allow_patterns=PATTERNS)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        sys.exit(f"fetch: MODEL={model} cannot be downloaded: {str(error).splitlines()[0]} "
-                 "(gated models, Llama among them, need HF_TOKEN in .env)")
-    print(f"fetch: {model} is here")
+        check_drift()
+        for said in parser.parse_args().models or told():
+            model, _, revision = said.partition("@")
+            print(f"fetch: {model} is in {bring(model, revision)}")
+    except Refused as error:
+        sys.exit(f"fetch: {error}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from common import checkpoint
+from common import checkpoint, gpus
 from common.sizing import cards, memory
 from services.worker.settings import WorkerSettings
 from services.worker.vllm import family
@@ -119,13 +119,10 @@ def sequences(settings: WorkerSettings) -> int:
 
 def gpu_name() -> str:
     """The name of the first GPU, as the driver says it; empty when no driver answers."""
-    import pynvml
-
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     try:
-        pynvml.nvmlInit()
-        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(int(first))))
-    except (pynvml.NVMLError, ValueError):
+        return gpus.look().gpus[int(first)].name
+    except (gpus.GpusAway, ValueError, IndexError):
         return ""
 
 

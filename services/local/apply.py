@@ -1,0 +1,165 @@
+"""`make apply` and `make restart`: a running stack is made into what models.yaml says now, without failing a request.
+
+A new worker comes up beside the one that it replaces, where there is memory for both; when it answers, the old one
+takes no new requests, finishes what it has, and ends. Where there is not, the old one goes first, and it is said so.
+Workers, and all other programs, that are as they should be are not touched.
+"""
+
+import contextlib
+import http.client
+import time
+import xmlrpc.client
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import httpx
+
+from services.local import room, workers
+from services.local.errors import UserError
+from services.local.plan import Dials, Ports, is_free
+from services.local.programs import Program, gateway, programs, supervisor_config
+from services.local.running import last_words, process_states, supervisor_of
+from services.local.workers import Change, Worker
+
+START_PATIENCE_S = 1800.0
+LOOK_EVERY_S = 0.2
+NEXT_GATEWAY = "gateway-next"
+
+Say = Callable[[str], None]
+
+
+class Stack:
+    """A stack that runs: its supervisor, and what it says of its workers."""
+
+    def __init__(self, dials: Dials, ports: Ports, key: str, say: Say) -> None:
+        self._dials, self._ports, self._key, self._say = dials, ports, key, say
+        self._supervisor: Any = supervisor_of(dials).supervisor
+        self.workers = workers.read(dials)
+
+    def apply(self, *, anew: bool = False) -> Change:
+        """What models.yaml says; with `anew` every worker is replaced. Raises UserError."""
+        change = workers.change(self.workers, workers.wanted(self._dials), self._free_ports(), anew=anew)
+        for model in sorted({worker.model for worker in (*change.new, *change.old)}):
+            new = [worker for worker in change.new if worker.model == model]
+            old = [worker for worker in change.old if worker.model == model]
+            if anew:  # as little as possible at a time
+                for one, other in zip(new, old, strict=True):
+                    self._replace([one], [other])
+            else:
+                self._replace(new, old)
+        self._configure(self.workers)
+        return change
+
+    def restart_gateway(self) -> None:
+        """Another one takes its place, and gives it back to a new one of the old name."""
+        extra = gateway(self._dials, self._free_port(), NEXT_GATEWAY)
+        self._say("gateway: the next one comes up")
+        self._configure(self.workers, [extra])
+        self._await_gateway(NEXT_GATEWAY, extra)
+        with self._faults():
+            self._supervisor.stopProcess("gateway")
+            self._supervisor.startProcess("gateway")
+        self._await_gateway("gateway", gateway(self._dials, self._ports.gateway))
+        self._configure(self.workers)
+
+    def _replace(self, new: list[Worker], old: list[Worker]) -> None:
+        name = (new or old)[0].model
+        beside = not old or self._has_room(new)
+        if not beside:
+            self._say(f"{name}: there is no memory for two; the old one ends first")
+            self._stop(old)
+        if new:
+            self._say(f"{name}: {len(new)} worker(s) come up{' beside the old' if old and beside else ''}")
+            self._configure([*self.workers, *new])
+            try:
+                for worker in new:
+                    self._await(worker)
+            except UserError:
+                self._stop(new)
+                raise
+        if beside and old:
+            self._stop(old)
+
+    def _has_room(self, new: Sequence[Worker]) -> bool:
+        """Whether there is memory for new workers beside all that run."""
+        entries = {entry.name: entry for entry in self._dials.catalog.models}
+        if self._dials.gpus:
+            return False  # engines take what their GPU has
+        needed = sum(room.on_a_cpu(entries[worker.model], self._dials.models) for worker in new if worker.always)
+        return room.available_bytes() > needed
+
+    def _await(self, worker: Worker) -> None:
+        """Until it answers, or sleeps until it is asked. Raises UserError when it does not come up."""
+        deadline = time.monotonic() + START_PATIENCE_S
+        log = self._dials.state / "logs" / f"{worker.name}.log"
+        while time.monotonic() < deadline:
+            if self._state_of(worker.name) in (("ready",) if worker.always else ("ready", "asleep", "waking")):
+                return
+            died = log.exists() and '"engine died"' in log.read_text(errors="replace")
+            if died or process_states(self._dials).get(worker.name) == "FATAL":
+                raise UserError(f"{worker.name} does not start, and {worker.model} is served as before: "
+                                f"{last_words(log)} ({log})")
+            time.sleep(LOOK_EVERY_S)
+        raise UserError(f"{worker.name} is not ready after {START_PATIENCE_S:.0f} s; its log is {log}.")
+
+    def _state_of(self, program: str) -> str:
+        """What the worker of a program says of itself; empty when it says nothing."""
+        with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
+            url = f"http://{self._dials.host}:{self._dials.port}/v1/status"
+            status = httpx.get(url, headers={"authorization": f"Bearer {self._key}"}, timeout=2).json()
+            for worker in status["workers"]:
+                if worker["id"].rpartition("-")[0] == program:
+                    return str(worker["state"])
+        return ""
+
+    def _stop(self, old: Sequence[Worker]) -> None:
+        """Each takes nothing new, finishes what it has, ends."""
+        for worker in old:
+            self._say(f"{worker.model}: {worker.name} finishes what it has")
+            with self._faults():
+                self._supervisor.stopProcess(worker.name)
+        self._configure([worker for worker in self.workers if worker not in old])
+
+    def _configure(self, now: list[Worker], extra: Sequence[Program] = ()) -> None:
+        """Supervise these workers, and what there is beside them. What changed is started anew."""
+        wanted = [*programs(self._dials, self._ports, now), *extra]
+        (self._dials.run_dir / "supervisord.conf").write_text(supervisor_config(self._dials, wanted))
+        with self._faults():
+            added, changed, removed = self._supervisor.reloadConfig()[0]
+            for name in (*removed, *changed):
+                self._supervisor.stopProcessGroup(name)
+                self._supervisor.removeProcessGroup(name)
+            for name in (*added, *changed):
+                (self._dials.state / "logs" / f"{name}.log").write_text("")
+                self._supervisor.addProcessGroup(name)
+        self.workers = now
+        workers.write(self._dials, now)
+
+    def _await_gateway(self, name: str, program: Program) -> None:
+        port = program.command[program.command.index("--port") + 1]
+        deadline = time.monotonic() + START_PATIENCE_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.HTTPError, ValueError):
+                if httpx.get(f"http://127.0.0.1:{port}/ready", timeout=1).json()["workers"]:
+                    return
+            if process_states(self._dials).get(name) == "FATAL":
+                break
+            time.sleep(LOOK_EVERY_S)
+        log = self._dials.state / "logs" / f"{name}.log"
+        raise UserError(f"{name} does not start: {last_words(log)} ({log})")
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, xmlrpc.client.Error, http.client.HTTPException) as error:
+            raise UserError(f"The stack's supervisor does not answer: {error}. Does make up run?") from error
+
+    def _free_ports(self) -> Iterator[int]:
+        """Those that were set aside for workers, and are not taken."""
+        taken = {worker.port for worker in self.workers}
+        return (port for port in self._ports.workers if port not in taken and is_free(port))
+
+    def _free_port(self) -> int:
+        return next(port for port in range(self._ports.workers[-1] + 1, 65535) if is_free(port))
+

@@ -1,0 +1,148 @@
+"""models.yaml for compose: a file beside compose.yaml with one service a worker. `python -m services.local.compose`.
+
+Needs PyYAML and msgspec alone, so that a host with Docker needs no more (`make apply` makes a small environment there).
+A changed entry is a service of another name: compose starts it beside the old one; `--remove-orphans` then ends that.
+"""
+
+import os
+import re
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from services.local import catalog
+from services.local.catalog import Catalog, Entry, Place
+from services.local.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = ROOT / "models.compose.yaml"
+IN_IMAGE = Path("/models")
+OWN = Path("/models/own")
+HEAD = "# Made from models.yaml by `make apply`; change that file, not this one. COMPOSE_FILE in .env names it.\n"
+
+
+class Override(dict[str, Any]):
+    """A mapping that takes the place of the one in the file below, instead of being merged with it."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Knows `!override`."""
+
+
+Dumper.add_representer(Override, lambda dumper, data: dumper.represent_mapping("!override", data))
+
+
+def document(found: Catalog, digest: str, gpus: int, own: Path) -> dict[str, Any]:
+    """The file. `digest`: of models.yaml; `own`: MODELS_DIR, which containers see as /models/own.
+
+    Raises UserError for a folder that containers cannot see, and when there are too few GPUs.
+    """
+    services: dict[str, Any] = {"worker": {"profiles": ["without-models-yaml"]}}
+    places = catalog.deal(found, gpus)
+    for entry in found.models:
+        inside = _in_container(entry, own)
+        for number, place in enumerate(places[entry.name], 1):
+            env = catalog.environment(inside, IN_IMAGE, place, found.awake)
+            env.pop("CUDA_VISIBLE_DEVICES", None)  # the container has no others
+            mark = sha256(repr(sorted(env.items())).encode() + repr(place).encode()).hexdigest()[:4]
+            services[f"worker-{entry.slug}-{number}-{mark}"] = _service(env, place)
+    models = [
+        _in_container(entry, own).model(IN_IMAGE) + (f"@{entry.revision}" if entry.revision else "")
+        for entry in found.models if entry.engine == "vllm"
+    ]  # fmt: skip
+    services["fetch"] = {
+        "environment": {"MODELS": " ".join(dict.fromkeys(models)), "MODELS_DIGEST": digest},
+        "volumes": ["./models.yaml:/models.yaml:ro"],
+    }
+    trained = next((e for e in found.models if e.task == "chat" and e.adapters and e.engine == "vllm"), None)
+    services["trainer"] = (
+        {"profiles": ["without-models-yaml"]} if trained is None
+        else _trainer(_in_container(trained, own), places[trained.name][0])
+    )
+    return {"services": services}
+
+
+def _service(env: dict[str, str], place: Place) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "extends": {"file": "compose.yaml", "service": "worker"},
+        "environment": env,
+        "networks": {"backend": {"aliases": ["worker"]}},  # by which Prometheus finds it
+    }
+    if place.gpus:
+        made["deploy"] = _devices(place.gpus)
+    return made
+
+
+def _trainer(entry: Entry, place: Place) -> dict[str, Any]:
+    """On the first GPU of the model that it trains, which it has for itself meanwhile."""
+    env = {"MODEL": entry.model(IN_IMAGE), "SERVED_MODEL_NAME": entry.name}
+    if not place.gpus:
+        return {"environment": env}
+    return {"environment": env | {"PLACE": place.name}, "deploy": _devices(place.gpus[:1])}
+
+
+def _devices(gpus: tuple[int, ...]) -> Override:
+    device = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in gpus], "capabilities": ["gpu"]}
+    return Override(resources={"reservations": {"devices": [device]}})
+
+
+def _in_container(entry: Entry, own: Path) -> Entry:
+    """The entry with its folder as containers see it."""
+    if not entry.source.startswith("/"):
+        return entry
+    folder = Path(entry.source)
+    if not folder.is_relative_to(own):
+        raise UserError(f"{entry.name}: containers do not see {folder}. Move it below {own} (MODELS_DIR).")
+    return entry.replaced(source=str(OWN / folder.relative_to(own)))
+
+
+def text(path: Path, gpus: int, own: Path) -> str:
+    """The file as text. Raises UserError."""
+    digest = sha256(path.read_bytes()).hexdigest()[:12]
+    made = document(catalog.read(path), digest, gpus, own)
+    return HEAD + yaml.dump(made, Dumper=Dumper, sort_keys=False, width=120)
+
+
+def dial(name: str, default: str) -> str:
+    """A dial from the environment or from .env."""
+    if name in os.environ:
+        return os.environ[name] or default
+    env = ROOT / ".env"
+    said = re.findall(rf"^{name}=(.*)$", env.read_text(), re.M) if env.exists() else []
+    return (said[-1].strip().strip("\"'") if said else "") or default
+
+
+def name_it(env: Path) -> None:
+    """Let compose read the file too: COMPOSE_FILE in .env, unless it says so."""
+    line = f"COMPOSE_FILE=compose.yaml:{FILE.name}\n"
+    said = env.read_text() if env.exists() else ""
+    if FILE.name in said:
+        return
+    if re.search(r"^COMPOSE_FILE=", said, re.M):
+        raise UserError(f"{env} sets COMPOSE_FILE; add :{FILE.name} to it.")
+    env.write_text(said + ("" if said.endswith("\n") or not said else "\n") + line)
+
+
+def main() -> None:
+    """Write it. GPUS says how many GPUs the host has."""
+    path = Path(os.environ.get("MODELS_FILE") or ROOT / "models.yaml")
+    try:
+        if not path.exists():
+            raise UserError(f"There is no {path}; begin with: cp examples/models.yaml models.yaml")
+        gpus = int(os.environ.get("GPUS") or 0) if dial("ACCELERATOR", "cpu") == "cuda" else 0
+        own = (ROOT / dial("MODELS_DIR", "./models")).resolve()
+        made = text(path, gpus, own)
+        partial = FILE.with_suffix(".partial")
+        partial.write_text(made)
+        partial.replace(FILE)
+        name_it(ROOT / ".env")
+    except UserError as error:
+        sys.exit(f"owngpt: {error}")
+    print(f"{FILE.name} is as {path.name} says.")
+
+
+if __name__ == "__main__":
+    main()

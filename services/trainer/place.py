@@ -1,0 +1,103 @@
+"""The GPU that a training shares with engines (`common/places.py`): they sleep while it has it, and wake afterwards."""
+
+import contextlib
+import datetime
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+from loguru import logger
+from redis import Redis
+from redis.exceptions import RedisError
+
+from common import places
+from common.places import Saying, Stage
+from common.redis.names import WORKERS, worker_key
+from common.workers import Heartbeat
+from services.trainer.settings import TrainerSettings
+
+IDLE_S = 60.0
+"""TRAIN_WHEN=idle: nobody was served for so long."""
+SAY_EVERY_S = 1.0
+ASK_EVERY_S = 0.2
+WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+
+
+def is_time(when: str, now: datetime.time) -> bool:
+    """Whether TRAIN_WHEN lets a job begin now; a window may go over midnight."""
+    found = WINDOW.fullmatch(when)
+    if found is None:
+        return True
+    begins, ends = (datetime.time(int(found[at]), int(found[at + 1])) for at in (1, 3))
+    return begins <= now < ends if begins < ends else now >= begins or now < ends
+
+
+class Place:
+    """Taken for one run at a time. Without PLACE there is nothing to take."""
+
+    def __init__(self, redis: Redis, settings: TrainerSettings) -> None:
+        self._redis, self._settings = redis, settings
+        self._said_at = 0.0
+
+    @contextlib.contextmanager
+    def taken(self, still: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
+        """Have it. `still()` is called again and again while it is waited for, and raises what ends the waiting."""
+        if not self._settings.place:
+            yield
+            return
+        self._await_idle(still, say)
+        say("waiting for the GPU: engines finish what they have, and sleep")
+        try:
+            while not self._say("asleep"):
+                still()
+                time.sleep(ASK_EVERY_S)
+            say("the engines sleep; training")
+            yield
+        finally:
+            with contextlib.suppress(RedisError, OSError):  # else it is forgotten after a while
+                self._redis.eval(*places.call(self._settings.place, self._saying("asleep", wants=False)))
+
+    def keep(self) -> None:
+        """It is still worked; call it often."""
+        if self._settings.place and time.monotonic() - self._said_at >= SAY_EVERY_S:
+            self._say("awake")
+
+    def _await_idle(self, still: Callable[[], None], say: Callable[[str], None]) -> None:
+        """With TRAIN_WHEN=idle: until nobody was served for IDLE_S."""
+        if self._settings.train_when != "idle":
+            return
+        seen, since = self._served(), time.monotonic() - IDLE_S
+        told = False
+        while True:
+            now = self._served()
+            if now != seen or now[0]:
+                seen, since = now, time.monotonic()
+            if time.monotonic() - since >= IDLE_S:
+                return
+            if not told:
+                say(f"waiting until nobody was served for {IDLE_S:.0f} s (TRAIN_WHEN=idle)")
+                told = True
+            still()
+            time.sleep(ASK_EVERY_S)
+
+    def _served(self) -> tuple[int, int]:
+        """(requests that run, tokens that were read) of all workers. The same twice: nobody is served."""
+        names: list[Any] = sorted(self._redis.smembers(WORKERS))
+        raws = self._redis.mget([worker_key(str(name)) for name in names]) if names else []
+        beats = [msgspec.json.decode(raw, type=Heartbeat) for raw in raws if raw]
+        return sum(beat.interactive for beat in beats), sum(beat.prompt_tokens for beat in beats)
+
+    def _say(self, stage: Stage) -> bool:
+        """Whether it is ours. While redis is away everything stays as it is."""
+        self._said_at = time.monotonic()
+        try:
+            reply: Any = self._redis.eval(*places.call(self._settings.place, self._saying(stage, wants=True)))
+        except (RedisError, OSError) as error:
+            logger.warning("whose turn it is cannot be asked", error=str(error) or type(error).__name__)
+            return False
+        return places.heard(reply).holds
+
+    def _saying(self, stage: Stage, *, wants: bool) -> Saying:
+        return Saying("trainer", "all", wants, stage, busy=stage == "awake")
