@@ -31,7 +31,7 @@ from tests.up import MODEL, Up
 
 missing = [name for name in ("prometheus", "prometheus-redis-exporter", "prometheus-nginx-exporter", "gcc") if not shutil.which(name)]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"not on PATH: {', '.join(missing)}")
-LOAD_S = 100.0
+LOAD_S = 70.0
 NEEDS_GPU = [board for board in BOARDS if board.needs == "an NVIDIA GPU"]
 NEEDS_NOTHING = [board for board in BOARDS if not board.needs]
 

@@ -56,7 +56,7 @@ class Up:
         self.state, self.port = state, free_ports(1)[0]
         self.log = state.parent / f"up-{self.port}.log"
         started = time.monotonic()
-        self.launcher = launch(state, self.port, WORKERS=str(workers), **dials)
+        self.launcher = launch(state, self.port, **({} if "MODELS_FILE" in dials else {"WORKERS": str(workers)}), **dials)
         wait_for(lambda: "OwnGPT is up" in self.screen() or self.launcher.poll() is not None, "up", START_S)
         assert self.launcher.poll() is None, self.screen()
         self.took_s = time.monotonic() - started

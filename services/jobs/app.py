@@ -73,8 +73,10 @@ async def running(app: FastAPI, settings: JobsSettings) -> AsyncIterator[None]:
         database, settings.files_dir, settings.max_file_bytes, settings.max_files_per_key,
         settings.max_stored_bytes_per_key, settings.min_free_bytes,
     )
-    state.tuning = Tuning(database, redis, table.base_models, settings.max_waiting_jobs)
     state.trainers, state.aliases, state.table = Trainers(database), Aliases(redis), table
+    state.tuning = Tuning(
+        database, redis, table.base_models, settings.max_waiting_jobs, lambda: state.trainers.trained
+    )
     state.registry = registry = CollectorRegistry()
     state.metrics = metrics = JobsMetrics(registry)
     front_door = FrontDoor(settings.gateway_url, settings.service_token)

@@ -21,9 +21,12 @@ class Trainers:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.trained: set[str] = set()
+        """The models that trainers have asked for work on."""
 
     async def lease(self, model: str) -> Leased | None:
         """A job whose trainer is gone, else the next one of the queue, else None."""
+        self.trained.add(model)
         return await self._database.run(lambda c: self._lease(c, model))
 
     def _lease(self, c: Connection, model: str) -> Leased | None:

@@ -74,14 +74,18 @@ class Tuning:
     """Fine-tuning jobs of all owners. `base_models` says which models can be tuned now."""
 
     def __init__(
-        self, database: Database, redis: Redis, base_models: Callable[[], frozenset[str]], max_waiting: int
+        self, database: Database, redis: Redis, base_models: Callable[[], frozenset[str]], max_waiting: int,
+        trained: Callable[[], set[str]] = set,
     ) -> None:
         self._database, self._redis, self._base_models = database, redis, base_models
+        self._trained = trained
         self._max_waiting = max_waiting
 
     async def create(self, asked: CreateJob, owner: str) -> Job:
         """Write a job down; its files are checked next."""
         known = self._base_models()
+        if trained := self._trained():  # else no trainer has said yet what it trains
+            known &= trained
         if not known:
             raise errors.Unavailable("No worker is ready, so no model can be tuned yet.", retry_after_s=5)
         if asked.model not in known:

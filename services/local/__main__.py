@@ -39,12 +39,12 @@ def prepare(dials: Dials, progress: Progress) -> Ports:
     dials.run_dir.mkdir(mode=0o711, exist_ok=True)  # nginx drops root: its workers pass through
     if dials.run_dir.stat().st_uid != os.getuid():
         raise UserError(f"{dials.run_dir} belongs to another user; remove it or set XDG_RUNTIME_DIR.")
+    ports = pick_ports(dials)
     bring_models(dials, progress)
     made = subprocess.run([sys.executable, "-m", "services.secrets", str(dials.secrets)], cwd=ROOT, capture_output=True,
                           text=True, check=False)
     if made.returncode:
         raise UserError(made.stderr.strip())
-    ports = pick_ports(dials)
     write_configs(dials, ports)
     return ports
 

@@ -11,7 +11,7 @@ PATIENCE_S = ((signal.SIGTERM, 8.0), (signal.SIGKILL, 5.0))
 
 
 class Process:
-    """One child, in a session of its own. Without a command there is none: it never dies, and stops at once."""
+    """One child, in a process group of its own. Without a command there is none: it never dies, and stops at once."""
 
     def __init__(self, command: list[str] | None, environment: dict[str, str]) -> None:
         self._command, self._environment = command, environment
@@ -26,8 +26,10 @@ class Process:
         """Start it; its process id."""
         if self._command is None:
             return None
+        # No session of its own: Linux would make that a scheduling group (autogroup), and an engine that starts beside a
+        # busy one then gets a hundredth of a core for minutes (docs/log.md).
         self._child = await asyncio.create_subprocess_exec(
-            *self._command, env=self._environment, start_new_session=True, preexec_fn=_die_with_parent
+            *self._command, env=self._environment, process_group=0, preexec_fn=_die_with_parent
         )
         return self._child.pid
 
