@@ -356,23 +356,6 @@ def test_a_stuck_engine_is_avoided_within_five_seconds(up: Up) -> None:
     wait_for(lambda: up.ready() == 2, "back", 10)
 
 
-def test_a_worker_told_to_stop_finishes_what_it_runs(up: Up) -> None:
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(up.ask, f"{n} Count.", max_tokens=24) for n in range(6)]  # make up drains for 5 s
-        time.sleep(0.7)
-        agent = int(Path(f"/proc/{up.engine_pids()[0]}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        os.kill(agent, signal.SIGTERM)
-        wait_for(lambda: up.ready() == 1, "out of the table", 2)
-        futures += [pool.submit(up.ask, f"{n} More.", max_tokens=4) for n in range(4)]
-        assert all(future.result().choices for future in futures)
-    logs = [up.state / f"logs/worker-{number}.log" for number in (1, 2)]
-    wait_for(lambda: any('"event":"drained"' in log.read_text() for log in logs), "drained", 5)
-    drained = next(line for log in logs for line in log.read_text().splitlines() if '"event":"drained"' in line)
-    assert '"left":0' in drained
-    print("\nwaiting for the stopped worker to come back", flush=True)
-    wait_for(lambda: up.ready() == 2, "both workers back", 120)
-
-
 def test_kill_9_under_load_fails_no_request(up: Up) -> None:
     wait_for(lambda: up.ready() == 2, "both workers there", 120)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

@@ -340,7 +340,7 @@ class TestJobs:
             up.sdk.chat.completions.create(model=name, messages=[{"role": "user", "content": "?"}], max_tokens=2)
 
     def test_a_killed_trainer_goes_on_where_it_was(self, up: Up) -> None:
-        job_id = job(up, upload(up, ROWS[:40]), epochs=3)
+        job_id = job(up, upload(up, ROWS[:24]), epochs=2)
         wait_for(lambda: len(up.sdk.fine_tuning.jobs.checkpoints.list(job_id).data) >= 1, "a checkpoint", PATIENCE_S)
         os.kill(up.program_pid("trainer"), signal.SIGKILL)
         found = ended(up, job_id)
