@@ -60,7 +60,7 @@ finetune: .venv/.ready
 	    $(if $(HELDOUT),--heldout "$(HELDOUT)") $(if $(SUFFIX),--suffix "$(SUFFIX)") $(if $(EPOCHS),--epochs "$(EPOCHS)")
 
 # Made once; a change of a requirements file or of the constraints makes it again.
-.venv/.ready: constraints.txt common/requirements.txt gateway/requirements.txt services/gpu_exporter/requirements.txt services/jobs/requirements.txt services/ledger/requirements.txt services/trainer/requirements.txt services/worker/requirements.txt services/local/requirements.txt services/worker/install-cpu.sh services/local/install.sh
+.venv/.ready: constraints.txt common/requirements.txt gateway/requirements.txt services/gpu_exporter/requirements.txt services/jobs/requirements.txt services/ledger/requirements.txt services/trainer/requirements.txt services/worker/requirements.txt services/local/requirements.txt services/worker/install-cpu.sh services/worker/install-cuda.sh services/local/install.sh services/local/accelerator.py
 	@services/local/install.sh services/local/requirements.txt
 	@touch $@
 

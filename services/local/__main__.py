@@ -76,13 +76,16 @@ def keys(dials: Dials, *words: str) -> str:
 
 def show_way_in(dials: Dials, key: str, took_s: float) -> None:
     """The first screen: endpoint, key, a line to paste."""
-    base = f"http://{dials.host}:{dials.port}/v1"
+    base = f"{dials.base}/v1"
     body = f'{{"model":"{dials.first.name}","messages":[{{"role":"user","content":"Say hello."}}],"max_tokens":40}}'
     console.print(f"\n[bold green]OwnGPT is up[/] ({took_s:.0f} s). Ctrl-C stops everything.\n", soft_wrap=True)
-    console.print(f"  console    http://{dials.host}:{dials.port}/      (chat, status, usage, fine-tuning)",
+    console.print(f"  console    {dials.base}/      (chat, status, usage, fine-tuning)",
                   soft_wrap=True)
     console.print(f"  endpoint   {base}\n  API key    {key}\n  model      {dials.first.name}\n"
                   f"  logs       {dials.state}/logs\n", soft_wrap=True)
+    if dials.tls is None and not dials.host.startswith("127."):
+        console.print(f"[bold red]HOST={dials.host} without TLS_DIR: API keys, prompts and answers travel in clear to whoever "
+                      "is on the way.[/] docs/hosts.md\n", soft_wrap=True)
     console.print("Paste into another terminal:\n", soft_wrap=True)
     console.print(f"  curl {base}/chat/completions -H 'Authorization: Bearer {key}' "
                   f"-H 'Content-Type: application/json' -d '{body}'\n", soft_wrap=True, markup=False)
@@ -110,7 +113,7 @@ def up() -> None:
                 supervisor = start(dials, ports)
                 wait_until_ready(dials, supervisor, progress)
                 key = first_key(dials)
-            (dials.state / "endpoint").write_text(f"http://{dials.host}:{dials.port}/v1\n")
+            (dials.state / "endpoint").write_text(f"{dials.base}/v1\n")
             show_way_in(dials, key, time.monotonic() - began)
             supervisor.wait()
             raise UserError(f"The supervisor stopped; see {dials.state}/logs/supervisord.log.")

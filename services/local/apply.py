@@ -18,7 +18,7 @@ from services.local import room, workers
 from services.local.errors import UserError
 from services.local.plan import Dials, Ports, is_free
 from services.local.programs import Program, gateway, programs, supervisor_config
-from services.local.running import last_words, process_states, supervisor_of
+from services.local.running import inner, last_words, process_states, supervisor_of
 from services.local.workers import Change, Worker
 
 START_PATIENCE_S = 1800.0
@@ -105,7 +105,7 @@ class Stack:
     def _state_of(self, program: str) -> str:
         """What the worker of a program says of itself; empty when it says nothing."""
         with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
-            url = f"http://{self._dials.host}:{self._dials.port}/v1/status"
+            url = f"{inner(self._dials)}/v1/status"
             status = httpx.get(url, headers={"authorization": f"Bearer {self._key}"}, timeout=2).json()
             for worker in status["workers"]:
                 if worker["id"].rpartition("-")[0] == program:

@@ -1,6 +1,7 @@
 """Configuration files, rendered from the templates that the containers use; only addresses and paths differ."""
 
 import os
+import re
 import shutil
 import string
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from services.local.errors import UserError
 from services.local.plan import ROOT, Dials, Ports
 
 
@@ -30,6 +32,33 @@ def counts_connections(nginx: str) -> bool:
     return "http_stub_status_module" in built
 
 
+@cache
+def knows_http2_on(nginx: str) -> bool:
+    """Whether `http2 on` is a directive of its own (1.25.1); before it is a word of `listen`."""
+    built = subprocess.run([nginx, "-v"], capture_output=True, text=True, check=False).stderr
+    found = re.search(r"nginx/(\d+)\.(\d+)\.(\d+)", built)
+    return found is not None and tuple(map(int, found.groups())) >= (1, 25, 1)
+
+
+def tls_options(nginx: str) -> str:
+    """What follows the address in `listen`. Raises UserError for an nginx without TLS."""
+    if "http_ssl_module" not in subprocess.run([nginx, "-V"], capture_output=True, text=True, check=False).stderr:
+        raise UserError(f"TLS_DIR needs an nginx with TLS, and {nginx} has none (the one from pip). On Debian and Ubuntu: "
+                        "apt install nginx-light")
+    return " ssl" if knows_http2_on(nginx) else " ssl http2"
+
+
+def tls_lines(folder: Path, nginx: str) -> str:
+    """The certificate, and what else a server needs for TLS; nginx/entrypoint.sh writes the same."""
+    lines = (
+        f"ssl_certificate {folder}/fullchain.pem;", f"ssl_certificate_key {folder}/privkey.pem;",
+        "ssl_protocols TLSv1.2 TLSv1.3;", "ssl_session_cache shared:tls:10m;", "ssl_session_timeout 1h;",
+        *(["http2 on;"] if knows_http2_on(nginx) else []),
+        "error_page 497 =308 https://$http_host$request_uri;",
+    )
+    return " ".join(lines)
+
+
 def render(template: Path, values: dict[str, str]) -> str:
     """Fill the ${UPPER_CASE} names of a template; nginx's own $variables stay."""
     return string.Template(template.read_text()).safe_substitute(values)
@@ -48,14 +77,17 @@ def write_configs(dials: Dials, ports: Ports) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
     origins = os.environ.get("CORS_ORIGINS", "").split()
     listen, names = f"{dials.host}:{dials.port}", os.environ.get("SERVER_NAMES") or "_"
-    others = f"server {{ listen {listen} default_server; server_name _; return 444; }}"
+    refused = "ssl_reject_handshake on; " if dials.tls else ""
+    tls = " ssl" if dials.tls else ""
+    others = f"server {{ listen {listen}{tls} default_server; server_name _; {refused}return 444; }}"
     config = run_dir / "nginx.conf"
     config.touch()
     config.chmod(0o600)  # the worker token is in it
     config.write_text(render(ROOT / "nginx/nginx.conf.template", {
         "RUN_DIR": str(run_dir),
         "LISTEN": listen,
-        "LISTEN_OPTIONS": "",
+        "LISTEN_OPTIONS": tls_options(find_nginx()) if dials.tls else "",
+        "TLS": tls_lines(dials.tls, find_nginx()) if dials.tls else "",
         "SERVER_NAMES": names,
         "UNKNOWN_HOSTS": "" if names == "_" else others,
         "CORS_MAP": " ".join(f'"{origin}" $http_origin;' for origin in origins),

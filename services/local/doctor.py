@@ -22,7 +22,7 @@ from common.sizing import fit
 from common.sizing.cards import CannotSay
 from services.local.errors import UserError
 from services.local.plan import Dials, is_free
-from services.local.running import last_words, process_states
+from services.local.running import inner, last_words, process_states
 from services.local.state_server import find_redis
 
 LOW_DISK_BYTES = 2 * 1024**3
@@ -144,9 +144,9 @@ def state_redis(dials: Dials) -> Iterator[Finding]:
 def workers(dials: Dials) -> Iterator[Finding]:
     """What the gateway knows of the workers."""
     try:
-        answer = httpx.get(f"http://{dials.host}:{dials.port}/ready", timeout=3)
+        answer = httpx.get(f"{inner(dials)}/ready", timeout=3)
         counts: dict[str, int] = answer.json().get("workers", {})
-    except (httpx.HTTPError, ValueError) as error:
+    except (httpx.HTTPError, ValueError, UserError) as error:
         yield Finding(
             "gateway", f"does not answer: {type(error).__name__}", f"see {dials.state}/logs/gateway.log and nginx.log"
         )

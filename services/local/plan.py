@@ -37,6 +37,14 @@ class Dials:
     port: int = 8080
     host: str = "127.0.0.1"
 
+    tls: Path | None = None
+    """The folder with fullchain.pem and privkey.pem; None: clients are asked for plain HTTP."""
+
+    @property
+    def base(self) -> str:
+        """Where clients find nginx."""
+        return f"{'http' if self.tls is None else 'https'}://{self.host}:{self.port}"
+
     @property
     def always(self) -> int:
         """Workers that are to answer from the start on."""
@@ -102,7 +110,19 @@ def read_dials() -> Dials:
         port = int(os.environ.get("PORT") or 8080)
     except ValueError as error:
         raise UserError(f"PORT is a whole number: {error}.") from error
-    return Dials(state, found, models_file, gpus=gpus_to_use(), port=port, host=os.environ.get("HOST") or "127.0.0.1")
+    return Dials(state, found, models_file, gpus=gpus_to_use(), port=port, host=os.environ.get("HOST") or "127.0.0.1",
+                 tls=_tls())
+
+
+def _tls() -> Path | None:
+    """TLS_DIR, if both files are there and can be read. Raises UserError."""
+    if not (chosen := os.environ.get("TLS_DIR")):
+        return None
+    folder = Path(chosen).expanduser().resolve()
+    for name in ("fullchain.pem", "privkey.pem"):
+        if not os.access(folder / name, os.R_OK):
+            raise UserError(f"TLS_DIR={chosen}: there is no {name} in it that can be read.")
+    return folder
 
 
 def models_path() -> Path:
@@ -146,6 +166,8 @@ def gpus_to_use() -> int:
         raise UserError(f"ACCELERATOR={asked}: auto, cpu or cuda.")
     if asked == "cpu" or (asked == "auto" and not installed_for_cuda()):
         return 0
+    if not installed_for_cuda():
+        raise UserError("ACCELERATOR=cuda, and vLLM's CPU build is installed: rm -rf .venv, then make up again.")
     try:
         found = gpus.look()
     except gpus.GpusAway as error:

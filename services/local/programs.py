@@ -47,6 +47,8 @@ class Program:
     stop_s: int = 10
     start_s: int = 1
     priority: int = 100
+    privileged: bool = False
+    """Whether it keeps root's rights where root starts it."""
 
 
 def cache_command(sock: Path, secrets: Path, maxmemory: str = "1gb") -> list[str]:
@@ -75,7 +77,7 @@ def programs(dials: Dials, ports: Ports, workers: Sequence[Worker]) -> list[Prog
         *([trainer(dials, ports, dials.trained)] if dials.trained is not None else []),
         Program("nginx", [
             find_nginx(), "-p", str(dials.run_dir), "-e", "stderr", "-c", str(dials.run_dir / "nginx.conf"),
-        ], priority=40),
+        ], priority=40, privileged=True),
     ]
     if prometheus:
         found += [*exporters(dials, ports), prometheus_server(prometheus, dials, ports)]
@@ -84,7 +86,7 @@ def programs(dials: Dials, ports: Ports, workers: Sequence[Worker]) -> list[Prog
 
 def ours(
     name: str, dials: Dials, arguments: Sequence[str] = (), env: dict[str, str] | None = None,
-    secrets: Sequence[str] = (), program: str = "", **how: int,
+    secrets: Sequence[str] = (), program: str = "", *, stop_s: int = 10, start_s: int = 1, priority: int = 30,
 ) -> Program:
     """A program of ours, `program` if it is not called `name`, with its own folder's secrets."""
     program = program or name
@@ -95,7 +97,7 @@ def ours(
     }
     files = {f"{secret.upper()}_FILE": str(dials.secrets / program / secret) for secret in secrets}
     return Program(name, [sys.executable, "-m", module, *arguments], shared | files | (env or {}),
-                   **{"priority": 30, **how})
+                   stop_s, start_s, priority)
 
 
 def gateway(dials: Dials, port: int, name: str = "gateway") -> Program:
@@ -201,11 +203,13 @@ supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 [supervisorctl]
 serverurl=unix://{run_dir}/supervisor.sock
 """
-    tether = [sys.executable, "-m", "services.local.tether"]
+    def tether(program: Program) -> list[str]:
+        return [sys.executable, "-m", "services.local.tether", *(["--privileged"] if program.privileged else [])]
+
     return head + "".join(
         SUPERVISOR_PROGRAM.format(
             name=program.name,
-            command=" ".join(_quote(part) for part in [*tether, *program.command]),
+            command=" ".join(_quote(part) for part in [*tether(program), *program.command]),
             directory=ROOT,
             environment=",".join(f"{k}={_quote(v)}" for k, v in program.env.items()),
             start_s=program.start_s,

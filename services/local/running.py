@@ -50,9 +50,9 @@ def start(dials: Dials, ports: Ports) -> subprocess.Popen[bytes]:
     config.write_text(supervisor_config(dials, started))
     for program in started:
         (dials.state / "logs" / f"{program.name}.log").write_text("")
-    python = sys.executable
+    tethered = [sys.executable, "-m", "services.local.tether", "--privileged"]
     return subprocess.Popen(
-        [python, "-m", "services.local.tether", python, "-m", "supervisor.supervisord", "-c", str(config)],
+        [*tethered, sys.executable, "-m", "supervisor.supervisord", "-c", str(config)],
         cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )
 
@@ -73,30 +73,42 @@ def remember(dials: Dials, ports: Ports) -> None:
     """Write it down."""
     path = dials.run_dir / "up.json"
     path.touch(mode=0o600)
-    told = Told({name: os.environ[name] for name in dial_names() if name in os.environ}, ports)
-    path.write_bytes(msgspec.json.encode(told))
+    said = Told({name: os.environ[name] for name in dial_names() if name in os.environ}, ports)
+    path.write_bytes(msgspec.json.encode(said))
 
 
 def recall(state: Path) -> tuple[Dials, Ports]:
     """The dials and ports of the stack that runs from a state folder; models.yaml as it is now. Raises UserError."""
-    path = Dials(state).run_dir / "up.json"
     try:
-        told = msgspec.json.decode(path.read_bytes(), type=Told)
+        known = told(Dials(state))
     except (OSError, msgspec.MsgspecError) as error:
         raise UserError(f"There is no running stack in {state}; start it with: make up") from error
     for name in dial_names():
         os.environ.pop(name, None)
-    os.environ.update(told.dials | {"STATE_DIR": str(state)})
+    os.environ.update(known.dials | {"STATE_DIR": str(state)})
     if models_path().exists():
         for name in BEFORE_MODELS_FILE:
             os.environ.pop(name, None)
-    return read_dials(), told.ports
+    return read_dials(), known.ports
 
 
 def supervisor_of(dials: Dials) -> Any:
     """The stack's supervisord; each call of it raises OSError or xmlrpc.client.Error when it does not answer."""
     transport = SupervisorTransport(None, None, f"unix://{dials.run_dir}/supervisor.sock")
     return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
+
+
+def inner(dials: Dials) -> str:
+    """nginx' inner door: plain HTTP on the loopback, whatever clients are asked for. Raises UserError."""
+    try:
+        return f"http://127.0.0.1:{told(dials).ports.inner}"
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(f"There is no running stack in {dials.state}; start it with: make up") from error
+
+
+def told(dials: Dials) -> Told:
+    """What the stack was started with. Raises OSError, MsgspecError."""
+    return msgspec.json.decode((dials.run_dir / "up.json").read_bytes(), type=Told)
 
 
 def process_states(dials: Dials) -> dict[str, str]:
@@ -120,15 +132,13 @@ def last_words(log: Path) -> str:
 
 def wait_until_ready(dials: Dials, supervisor: subprocess.Popen[bytes], progress: Progress) -> None:
     """Until every worker answers through nginx. Raises UserError with a program's last words when it gives up."""
-    names = os.environ.get("SERVER_NAMES", "").split()
-    named = {"host": names[0]} if names and names[0] != "_" else None
     names_served = ", ".join(entry.name for entry in dials.catalog.models if entry.start == "always")
     task = progress.add_task(f"loading {names_served} on {dials.always} worker(s)", total=USUAL_START_S)
     while True:
         if supervisor.poll() is not None:
             raise UserError(f"The supervisor stopped; see {dials.state}/logs/supervisord.log.")
         with contextlib.suppress(httpx.HTTPError, ValueError):
-            answer = httpx.get(f"http://{dials.host}:{dials.port}/ready", timeout=1.0, headers=named)
+            answer = httpx.get(f"{inner(dials)}/ready", timeout=1.0)
             if answer.json().get("workers", {}).get("ready", 0) >= dials.always:
                 progress.update(task, completed=USUAL_START_S)
                 return

@@ -26,8 +26,8 @@ class Process:
         """Start it; its process id."""
         if self._command is None:
             return None
-        # No session of its own: that would be a scheduling group (autogroup), and an engine that starts beside a busy one
-        # then gets a hundredth of a core for minutes (docs/log.md).
+        # No session of its own: that would be a scheduling group (autogroup), and an engine that starts beside a busy
+        # one then gets a hundredth of a core for minutes (docs/log.md).
         self._child = await asyncio.create_subprocess_exec(
             *self._command, env=self._environment, process_group=0, preexec_fn=_die_with_parent
         )

