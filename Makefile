@@ -6,13 +6,13 @@
 # make plan    what fits on which GPU, how fast, at what price (MODEL=org/name GPU="RTX 4090" GPUS=1 TOKENS=8192)
 # make backup  everything in one archive, while it runs             make restore FROM=…   into an empty STATE_DIR
 # make test    everything that can be tested here                   make check    linters and types
-# make bench   the figures of docs/log.md (bench-kv, bench-lifecycle, bench-observability, bench-faults: of their parts)
+# make bench   the figures of docs/log.md (bench-kv, -lifecycle, -observability, -faults, -hosts: of their parts)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key keys revoke doctor plan apply restart backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults base-images clean
+.PHONY: help up env key keys revoke doctor plan apply restart backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts check-cuda check-gpu base-images clean
 
 help:
 	@sed -n '1,9s/^# //p' Makefile
@@ -86,11 +86,25 @@ bench-lifecycle: .venv/.test-ready
 bench-faults: .venv/.test-ready
 	@$(PY) -m bench faults $(BENCH)
 
+bench-hosts: .venv/.test-ready
+	@$(PY) -m bench hosts $(BENCH)
+
 bench-observability: .venv/.test-ready
 	@$(PY) -m bench observability $(BENCH)
+
+# Needs no GPU: vLLM's CUDA build (some 6 GB, in .cuda-env) under a driver that is none. Before a release.
+check-cuda: .venv/.test-ready
+	@test -x .cuda-env/bin/python || { python3.11 -m venv .cuda-env && grep -v -e '^triton==' -e '^apache-tvm-ffi==' constraints.txt \
+	    >.cuda-env/constraints.txt && services/worker/install-cuda.sh .cuda-env/bin/python .cuda-env/constraints.txt; }
+	@.cuda-env/bin/python -m pip install -q -c .cuda-env/constraints.txt -r services/worker/requirements.txt
+	@$(PY) -m tests.cuda
+
+# Needs one: writes bench/results/gpu.json.
+check-gpu: .venv/.test-ready
+	@$(PY) -m tests.gpu
 
 base-images:
 	@services/base/make.sh
 
 clean:
-	rm -rf .venv .bench-env
+	rm -rf .venv .bench-env .cuda-env

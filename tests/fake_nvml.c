@@ -41,13 +41,26 @@ static int begin(const char *call) {
 #define BEGIN do { int failed = begin(__func__); if (failed) return failed; } while (0)
 
 int nvmlInitWithFlags(u32 flags) { (void)flags; BEGIN; return OK; }
+int nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
+int nvmlInit(void) { return nvmlInitWithFlags(0); }
+int nvmlDeviceGetCount(u32 *count) { BEGIN; *count = (u32)value("devices", 1); return OK; }
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { BEGIN; *version = 13000; return OK; }
+int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor) {
+    BEGIN;
+    u64 both = value("capability", 80);
+    (void)handle;
+    *major = (int)(both / 10);
+    *minor = (int)(both % 10);
+    return OK;
+}
+int nvmlDeviceGetP2PStatus(void *one, void *other, u32 index, u32 *status) { (void)one; (void)other; (void)index; BEGIN; *status = value("nvlink", 0) ? 0 : 3; return OK; }
 int nvmlShutdown(void) { return OK; }
 const char *nvmlErrorString(int code) { return code == 9 ? "Driver Not Loaded" : code == 15 ? "GPU is lost" : "an error"; }
-int nvmlSystemGetDriverVersion(char *text, u32 size) { BEGIN; snprintf(text, size, "590.1"); return OK; }
+int nvmlSystemGetDriverVersion(char *text, u32 size) { BEGIN; snprintf(text, size, "%llu.1", value("driver", 590)); return OK; }
 int nvmlDeviceGetCount_v2(u32 *count) { BEGIN; *count = (u32)value("devices", 1); return OK; }
 int nvmlDeviceGetHandleByIndex_v2(u32 index, void **handle) { BEGIN; *handle = (void *)(long)(index + 1); return OK; }
 int nvmlDeviceGetIndex(void *handle, u32 *index) { BEGIN; if (of("lost", (long)handle, 0)) return LOST; *index = (u32)((long)handle - 1); return OK; }
-int nvmlDeviceGetName(void *handle, char *text, u32 size) { BEGIN; if (of("lost", (long)handle, 0)) return LOST; snprintf(text, size, "NVIDIA A100-SXM4-80GB"); return OK; }
+int nvmlDeviceGetName(void *handle, char *text, u32 size) { BEGIN; if (of("lost", (long)handle, 0)) return LOST; snprintf(text, size, "%s", getenv("FAKE_GPU") ? getenv("FAKE_GPU") : "NVIDIA A100-SXM4-80GB"); return OK; }
 int nvmlDeviceGetUUID(void *handle, char *text, u32 size) { BEGIN; snprintf(text, size, "GPU-%ld", (long)handle); return OK; }
 int nvmlDeviceGetUtilizationRates(void *handle, u32 *rates) {
     BEGIN;

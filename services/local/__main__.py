@@ -84,8 +84,8 @@ def show_way_in(dials: Dials, key: str, took_s: float) -> None:
     console.print(f"  endpoint   {base}\n  API key    {key}\n  model      {dials.first.name}\n"
                   f"  logs       {dials.state}/logs\n", soft_wrap=True)
     if dials.tls is None and not dials.host.startswith("127."):
-        console.print(f"[bold red]HOST={dials.host} without TLS_DIR: API keys, prompts and answers travel in clear to whoever "
-                      "is on the way.[/] docs/hosts.md\n", soft_wrap=True)
+        console.print(f"[bold red]HOST={dials.host} without TLS_DIR: API keys, prompts and answers travel in clear to "
+                      "whoever is on the way.[/] docs/hosts.md\n", soft_wrap=True)
     console.print("Paste into another terminal:\n", soft_wrap=True)
     console.print(f"  curl {base}/chat/completions -H 'Authorization: Bearer {key}' "
                   f"-H 'Content-Type: application/json' -d '{body}'\n", soft_wrap=True, markup=False)

@@ -43,8 +43,8 @@ def knows_http2_on(nginx: str) -> bool:
 def tls_options(nginx: str) -> str:
     """What follows the address in `listen`. Raises UserError for an nginx without TLS."""
     if "http_ssl_module" not in subprocess.run([nginx, "-V"], capture_output=True, text=True, check=False).stderr:
-        raise UserError(f"TLS_DIR needs an nginx with TLS, and {nginx} has none (the one from pip). On Debian and Ubuntu: "
-                        "apt install nginx-light")
+        raise UserError(f"TLS_DIR needs an nginx with TLS, and {nginx} (the one from pip) has none. On Debian and "
+                        "Ubuntu: apt install nginx-light")
     return " ssl" if knows_http2_on(nginx) else " ssl http2"
 
 
