@@ -219,7 +219,9 @@ def with_three_models() -> dict[str, float]:
         file.write_text(three_models(max_tokens=2048))
         results: dict[str, float] = {}
         with started(Path(temporary), 0, MODELS_FILE=str(file)) as up:
-            for step in (lambda: plan_on_cpu(up), lambda: switches(up), lambda: apply(up, file), lambda: rolling(up)):
+            steps: tuple[Callable[[], dict[str, float]], ...] = (
+                lambda: plan_on_cpu(up), lambda: switches(up), lambda: apply(up, file), lambda: rolling(up))
+            for step in steps:
                 results |= step()
                 print(f"  {json.dumps(results)}", flush=True)
         return results

@@ -205,7 +205,7 @@ def environment(entry: Entry, models: Path, place: Place, awake: int, *, alone: 
 def deal(catalog: Catalog, gpus: int) -> dict[str, list[Place]]:
     """Where each entry's replicas run, by name; without GPUs all on the CPU. Raises UserError when there are too few.
 
-    The first GPUs that have room. `on_demand` models of one GPU take turns: they need `awake` times the largest share.
+    The emptiest GPUs. `on_demand` models of one GPU take turns: they need `awake` times the largest share.
     """
     dealt: dict[str, list[Place]] = {entry.name: [Place()] * entry.replicas for entry in catalog.models}
     ours = [entry for entry in catalog.models if entry.engine == "vllm"]
@@ -229,14 +229,15 @@ def deal(catalog: Catalog, gpus: int) -> dict[str, list[Place]]:
 def _place(
     entry: Entry, share: float, free: Sequence[float], turns: Mapping[tuple[int, ...], float], awake: int
 ) -> tuple[tuple[int, ...], float]:
-    """(GPUs for a worker, what it takes of each): one's turn at GPUs that others share, else the first with room."""
+    """(GPUs for a worker, what it takes of each): one's turn at GPUs that others share, else the emptiest."""
     if entry.start == "on_demand":
         for fit, turn in turns.items():
             more = max(0.0, share - turn) * awake
             if len(fit) == entry.gpus and all(free[gpu] >= more for gpu in fit):
                 return fit, more
         share *= awake
-    found = tuple(gpu for gpu, left in enumerate(free) if left >= share)[: entry.gpus]
+    able = [gpu for gpu, left in enumerate(free) if left >= share]
+    found = tuple(sorted(sorted(able, key=lambda gpu: (-free[gpu], gpu))[: entry.gpus]))  # the emptiest: replicas apart
     if len(found) < entry.gpus:
         left = ", ".join(f"GPU {gpu} has {left:.0%} left" for gpu, left in enumerate(free))
         raise UserError(f"models.yaml: {entry.name} needs {share:.0%} of {entry.gpus} GPU(s), and {left}. "

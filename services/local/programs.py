@@ -152,7 +152,7 @@ def trainer(dials: Dials, ports: Ports, base: Entry) -> Program:
 
 
 def trains_on(dials: Dials, base: Entry) -> dict[str, str]:
-    """The first GPU of the model that is trained, whose engines sleep meanwhile. On a CPU both run unless TRAIN_ALONE."""
+    """The first GPU of the model that is trained, whose engines sleep meanwhile. On a CPU: with TRAIN_ALONE."""
     place = catalog.deal(dials.catalog, dials.gpus)[base.name][0]
     if place.gpus:
         return {"PLACE": place.name, "CUDA_VISIBLE_DEVICES": str(place.gpus[0])}

@@ -24,6 +24,8 @@ from services.local.programs import programs, supervisor_config
 from services.local.workers import change, wanted, write
 
 USUAL_START_S = 30.0
+_CAUSE = re.compile(r"\b\w*(Error|Exception): \S|^(GPU|It does not fit|The NVIDIA driver)\b")
+"""An error with its text, or what our own checks say."""
 ONLY_HERE = ("WORKERS", "MODELS_FILE", "ADAPTERS_DIR")
 """Dials of `make up` that compose has not."""
 
@@ -120,14 +122,20 @@ def process_states(dials: Dials) -> dict[str, str]:
 
 
 def last_words(log: Path) -> str:
-    """The most telling line of a log: its last error, else its last line; of a JSON line the end of its text."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line and "root cause above" not in line]
-    telling = (errors or lines or ["it says nothing"])[-1]
-    with contextlib.suppress(ValueError):
-        said = json.loads(telling)
-        telling = str(said.get("exception") or said.get("event")).strip().splitlines()[-1]
-    return telling[:300]
+    """The most telling line of a log: its last error that names a cause, else its last line."""
+    said = [_said(line) for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    causes = [text for text in said if _CAUSE.search(text) and "root cause above" not in text]
+    return (causes or said or ["it says nothing"])[-1][:300]
+
+
+def _said(line: str) -> str:
+    """A line of a log; of a JSON line the end of its exception, its reason, or its event."""
+    try:
+        entry = json.loads(line)
+        text = str(entry.get("exception") or entry.get("reason") or entry.get("event"))
+    except (ValueError, AttributeError):
+        text = line
+    return next((part.strip() for part in reversed(text.splitlines()) if part.strip()), "")
 
 
 def wait_until_ready(dials: Dials, supervisor: subprocess.Popen[bytes], progress: Progress) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"]
 NOT_THESE = ["consolidated*", "params.json", "tekken.json", "tokenizer.model.v*", "original/*", "onnx/*", "openvino/*"]
 SPARE_BYTES = 1_000_000_000
+MODELS_FILE = Path("/models.yaml")
+"""Where a container of compose sees the file."""
 
 
 class Refused(Exception):
@@ -36,25 +38,29 @@ def bring(model: str, revision: str) -> Path:
             raise Refused(f"{model}: no checkpoint (config.json) in that folder of the image or volume.")
         return Path(model)
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         try:
             info = HfApi().model_info(model, revision=revision or None, files_metadata=True)
-        except (OSError, HfHubHTTPError) as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
+        except HfHubHTTPError as error:
+            if error.response.status_code in (401, 403, 404):
                 raise
-            info = None  # no way out: what is here is taken
+            info = None
+        except Exception:  # no way out: what is here is taken
+            info = None
         if info is not None:
             check_disk(model, info.siblings or [], Path(constants.HF_HUB_CACHE))
         return Path(snapshot_download(
             model, revision=revision or None, allow_patterns=PATTERNS, ignore_patterns=NOT_THESE,
             local_files_only=info is None,
         ))  # fmt: skip
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        at = f"@{revision}" if revision else ""
-        raise Refused(f"{model}{at} cannot be downloaded: {str(error).strip().splitlines()[0]} "
-                      "(gated models, Llama among them, need HF_TOKEN)") from error
+    except Refused:
+        raise
+    except Exception as error:  # the hub's library lets its network library's errors through
+        at, said = f"@{revision}" if revision else "", (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refused(f"{model}{at} cannot be downloaded: {said} (gated models, Llama among them, need HF_TOKEN; what "
+                      "was broken off goes on when you try again)") from error
 
 
 def check_disk(model: str, files: list[Any], cache: Path) -> None:
@@ -79,8 +85,8 @@ def check_disk(model: str, files: list[Any], cache: Path) -> None:
 
 def check_drift() -> None:
     """Raise Refused when compose was told of another models.yaml than the one there is."""
-    digest, file = os.environ.get("MODELS_DIGEST"), Path("/models.yaml")
-    if digest and file.is_file() and sha256(file.read_bytes()).hexdigest()[:12] != digest:
+    digest = os.environ.get("MODELS_DIGEST")
+    if digest and MODELS_FILE.is_file() and sha256(MODELS_FILE.read_bytes()).hexdigest()[:12] != digest:
         raise Refused("models.yaml was changed since `make apply`; run it again.")
 
 
