@@ -162,8 +162,11 @@ def run_training(folder: Path, data: Path, kill_at: list[int]) -> tuple[float, i
     write_plan(folder, data, n_epochs=4, batch_size=4)
     while True:
         with subprocess.Popen([sys.executable, "-m", "services.trainer.run", str(folder)], cwd=ROOT, text=True,
-                              stdout=subprocess.PIPE, stderr=open(folder / "log.txt", "ab")) as process:
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(folder / "log.txt", "ab")) as process:
             assert process.stdout is not None
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
             for event in map(json.loads, process.stdout):
                 if kill_at and event["kind"] == "metrics" and event["step"] >= kill_at[0]:
                     process.kill()
@@ -199,7 +202,8 @@ def training_speed() -> Figures:
                 place.mkdir()
                 write_plan(place, data, n_epochs=1, batch_size=8)
                 module = "services.trainer.run" if kind == "ours" else "bench.bare_training"
-                out = subprocess.run([sys.executable, "-m", module, str(place)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+                out = subprocess.run([sys.executable, "-m", module, str(place)], cwd=ROOT, capture_output=True, text=True, check=True,
+                                     input="go\n").stdout
                 events = [json.loads(line) for line in out.splitlines() if line.startswith('{"')]
                 speed[kind] = [event["tokens_per_s"] for event in events if "tokens_per_s" in event][-1]
             if turn:

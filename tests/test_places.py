@@ -4,6 +4,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -14,6 +15,8 @@ from redis import Redis
 from common import places
 from common.places import Saying, Turn
 from services.local.state_server import find_redis
+from services.trainer import place as trainers_place
+from services.trainer.place import Place as TrainersPlace
 from tests.harness import wait_for
 
 PLACE = "gpu-0"
@@ -129,6 +132,58 @@ def test_whoever_falls_silent_is_forgotten(place: Place, monkeypatch: pytest.Mon
 def test_an_engine_that_is_awake_keeps_its_place_when_redis_forgot(place: Place) -> None:
     assert place.say("a", stage="awake").holds
     assert not place.say("b").holds
+
+
+class TestTraining:
+    """The trainer's side: it has the place while it trains, and whatever ends that gives it free."""
+
+    @pytest.fixture
+    def trainer(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> TrainersPlace:
+        monkeypatch.setattr(trainers_place, "ASK_EVERY_S", 0.01)
+        return TrainersPlace(place.redis, SimpleNamespace(place=PLACE, train_when="now"))  # type: ignore[arg-type]
+
+    def test_it_waits_until_the_engines_sleep_and_they_until_it_is_done(self, place: Place, trainer: TrainersPlace) -> None:
+        place.say("engine", kind="always")
+        looked: list[Turn] = []
+
+        def still() -> None:
+            looked.append(place.say("engine", kind="always", stage="awake", wants=len(looked) < 3))
+
+        with trainer.taken(still, lambda _: None):
+            assert [turn.asked for turn in looked] == [True, True, True, False]
+            trainer.keep()
+            assert place.say("engine", kind="always") == Turn(False, False, 0, True)
+        assert place.say("engine", kind="always").holds
+
+    def test_what_ends_the_waiting_or_the_run_gives_it_free(self, place: Place, trainer: TrainersPlace) -> None:
+        place.say("engine", kind="always", stage="awake")
+
+        def cancelled() -> None:
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError), trainer.taken(cancelled, lambda _: None):
+            pass
+        assert not place.say("engine", kind="always", stage="awake").asked
+        place.say("engine", kind="always", wants=False)
+        with pytest.raises(ZeroDivisionError), trainer.taken(cancelled, lambda _: None):
+            raise ZeroDivisionError
+        assert place.say("engine", kind="always").holds
+
+    def test_idle_means_that_nobody_was_served_for_a_while(self, place: Place, trainer: TrainersPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(trainers_place, "IDLE_S", 0.2)
+        trainer._settings.train_when = "idle"  # type: ignore[misc]
+        served = iter([(1, 5), (1, 5), (0, 9), (0, 9)])
+        monkeypatch.setattr(trainer, "_served", lambda: next(served, (0, 9)))
+        said: list[str] = []
+        began = time.monotonic()
+        with trainer.taken(lambda: None, said.append):
+            assert time.monotonic() - began > 0.2
+        assert "TRAIN_WHEN=idle" in said[0]
+
+    def test_without_a_place_nobody_is_asked(self, place: Place) -> None:
+        alone = TrainersPlace(None, SimpleNamespace(place="", train_when="idle"))  # type: ignore[arg-type]
+        with alone.taken(lambda: None, print):
+            alone.keep()
 
 
 def test_never_two(server: Redis, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ class Run:
         with open(self._folder.log, "ab") as log:
             self._process = subprocess.Popen(
                 ["nice", "-n", "10", sys.executable, "-m", "services.trainer.run", str(self._folder.root)],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
@@ -41,6 +42,9 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.kill()
         self.status = self._process.wait()
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         self._reader.join()
 
     def next(self, timeout_s: float) -> Any:
@@ -57,6 +61,13 @@ class Run:
                 return None
             return said
         return None
+
+    def go(self) -> None:
+        """It waits, ready, and may train."""
+        assert self._process.stdin is not None  # noqa: S101 - a pipe
+        with contextlib.suppress(BrokenPipeError):  # it has ended meanwhile, and says how
+            self._process.stdin.write(b"go\n")
+            self._process.stdin.flush()
 
     def kill(self) -> None:
         """End it now."""

@@ -1,7 +1,7 @@
 """One training run: `python -m services.trainer.run FOLDER`, with FOLDER/plan.json.
 
-Prints one JSON object a line, the events of `Events`; ends with 0 (done), 3 (the data is at fault), 75 (paused) or
-something else (a bug, a signal). Started again it goes on from its last complete checkpoint, with the same result as
+Prints one JSON object a line, the events of `Events`; at `ready` it waits for a line, `go`. Ends with 0 (done), 3 (the
+data is at fault), 75 (paused) or something else (a bug, a signal). Started again it goes on from its last complete checkpoint, with the same result as
 an unbroken run: order, dropout, optimizer and schedule are part of a checkpoint.
 """
 
@@ -177,6 +177,9 @@ def main(root: Path) -> int:
     random.seed(plan.seed)
     from services.trainer import loop
 
+    events.say("ready")
+    if not sys.stdin.readline():  # `go`, once the GPU is ours; nothing: the trainer is gone
+        return PAUSED
     began = time.time()
     model = loop.load(plan)
     run = describe(plan, chosen, model, tokenizer)

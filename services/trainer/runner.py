@@ -1,5 +1,6 @@
 """One job, from its lease to its end: trained, gated, published. What its owner wishes meanwhile is done."""
 
+import contextlib
 import json
 import threading
 import time
@@ -118,9 +119,12 @@ class Runner:
                 return None
         folder.plan.write_bytes(msgspec.json.encode(self._plan()))
         wish = ""
-        with self._place.taken(self._still, work.say), Run(folder) as run:
+        with contextlib.ExitStack() as taken, Run(folder) as run:
             while (said := run.next(POLL_S)) is not ...:
-                if said is not None:
+                if said is not None and said["kind"] == "ready":  # it has read and checked everything
+                    taken.enter_context(self._place.taken(self._still, work.say))
+                    run.go()
+                elif said is not None:
                     self._hear(said)
                 work.keep()  # however much it has to say
                 self._place.keep()
