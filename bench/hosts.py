@@ -54,7 +54,8 @@ class Streams:
         self.failures: list[str] = []
         self.cut = self.told = 0
         self.took_s: list[float] = []
-        self.answered_at: list[float] = []
+        self.answers: list[tuple[float, float]] = []
+        """When each answer's first and last token came."""
         self.over = threading.Event()
         self.threads = [threading.Thread(target=self.run) for _ in range(clients)]
 
@@ -79,12 +80,14 @@ class Streams:
                     messages=[{"role": "user", "content": f"{threading.get_ident()} {number} Count."}])
                 reasons = []
                 for chunk in stream:
+                    if not begun:
+                        first_at = time.monotonic()
                     begun = True
                     reasons += [choice.finish_reason for choice in chunk.choices]
                 if reasons[-1] not in ("stop", "length"):
                     raise RuntimeError("the stream ended early")
                 self.took_s.append(time.monotonic() - began)
-                self.answered_at.append(time.monotonic())
+                self.answers.append((first_at, time.monotonic()))
             except Exception as error:
                 if self.refused and self.refused in str(error):
                     self.told += 1
@@ -203,7 +206,7 @@ def handover(folder: Path) -> dict[str, float]:
             time.sleep(3)
         found = up.sdk.fine_tuning.jobs.retrieve(job.id)
         run = json.loads((up.state / f"runs/{job.id}/run.json").read_text())
-        gap = max(b - a for a, b in zip(load.answered_at, load.answered_at[1:], strict=False))
+        gap = max(later[0] - before[1] for before, later in zip(load.answers, load.answers[1:], strict=False))
         engine = engine_s(up, "worker-1")
         for failure in load.failures:
             print(f"  {failure}", flush=True)

@@ -174,11 +174,12 @@ if ARGV[4] ~= 'awake' then mine.since = now end
 local names = {}
 for name in pairs(members) do names[#names + 1] = name end
 table.sort(names)
-local holders, ahead, everybody = {}, 0, 0
+local holders, ahead, everybody, needed = {}, 0, 0, false
 for _, name in ipairs(names) do
   local member = members[name]
   if name ~= me then
     if member.kind == 'all' and (member.holds or member.wants > 0) then everybody = 1 end
+    if not member.holds and member.wants > 0 and member.kind == 'turn' and kind == 'turn' then needed = true end
     if member.holds and (kind == 'all' or member.kind == 'turn') then holders[#holders + 1] = name end
     if not member.holds and member.wants > 0 and member.kind == kind
       and (member.wants < mine.wants or (member.wants == mine.wants and name < me)) then ahead = ahead + 1 end
@@ -210,6 +211,7 @@ if mine.wants > 0 and (kind == 'all' or everybody == 0) then
   end
 end
 if everybody == 1 and mine.holds and kind ~= 'all' then mine.asked = true end
+if everybody == 0 and not needed then mine.asked = false end
 redis.call('HSET', KEYS[1], me, cjson.encode(mine))
 redis.call('PEXPIRE', KEYS[1], ARGV[9])
 return {mine.holds and 1 or 0, mine.asked and 1 or 0, ahead, everybody}

@@ -1,8 +1,8 @@
 """One training run: `python -m services.trainer.run FOLDER`, with FOLDER/plan.json.
 
 Prints one JSON object a line, the events of `Events`; at `ready` it waits for a line, `go`. Ends with 0 (done), 3 (the
-data is at fault), 75 (paused) or something else (a bug, a signal). Started again it goes on from its last complete checkpoint, with the same result as
-an unbroken run: order, dropout, optimizer and schedule are part of a checkpoint.
+data is at fault), 75 (paused) or something else (a bug, a signal). Started again it goes on from its last complete
+checkpoint, with the same result as an unbroken run: order, dropout, optimizer and schedule are part of a checkpoint.
 """
 
 import fcntl
