@@ -2,7 +2,8 @@
 # make env     exports for the openai SDK                           make top      the running stack in the terminal
 # make key NAME=alice    one more API key                           make keys     all of them; make revoke ID=… ends one
 # make finetune DATA=questions.jsonl    your own model from your own questions (HELDOUT=file SUFFIX=name EPOCHS=3)
-# make apply   models.yaml as it is now, while the stack serves     make restart  all workers and the gateway anew, as well
+# make apply   models.yaml as it is now, while the stack serves (apply-compose: for containers)
+# make restart all workers and the gateway anew, one after the other, while the stack serves
 # make plan    what fits on which GPU, how fast, at what price (MODEL=org/name GPU="RTX 4090" GPUS=1 TOKENS=8192)
 # make backup  everything in one archive, while it runs             make restore FROM=…   into an empty STATE_DIR
 # make test    everything that can be tested here                   make check    linters and types
@@ -12,10 +13,10 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key keys revoke doctor plan apply restart backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts check-cuda check-gpu base-images clean
+.PHONY: help up env key keys revoke doctor plan apply apply-compose restart backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts check-cuda check-gpu base-images clean
 
 help:
-	@sed -n '1,9s/^# //p' Makefile
+	@sed -n '1,10s/^# //p' Makefile
 
 up: .venv/.ready
 	@exec $(PY) -m services.local up
@@ -37,6 +38,14 @@ doctor: .venv/.ready
 
 apply: .venv/.ready
 	@$(PY) -m services.local apply
+
+# For containers: models.yaml becomes models.compose.yaml; what changed comes up beside the old, then the old drains.
+.venv-tools/.ready: constraints.txt
+	@python3 -m venv .venv-tools && .venv-tools/bin/pip install -q -c constraints.txt msgspec pyyaml && touch $@
+
+apply-compose: .venv-tools/.ready
+	@GPUS=$${GPUS:-$$(nvidia-smi -L 2>/dev/null | wc -l)} .venv-tools/bin/python -m services.local.compose
+	@docker compose up -d --wait && docker compose up -d --wait --remove-orphans
 
 restart: .venv/.ready
 	@$(PY) -m services.local restart
@@ -107,4 +116,4 @@ base-images:
 	@services/base/make.sh
 
 clean:
-	rm -rf .venv .bench-env .cuda-env
+	rm -rf .venv .venv-tools .bench-env .cuda-env
