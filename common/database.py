@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import Connection, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -33,6 +34,10 @@ class DatabaseAway(OSError):
     """The database cannot be reached, or cannot write. Later it may; nothing of the transaction happened."""
 
 
+class StateTooNew(Exception):
+    """The tables are a newer release's; the message says so."""
+
+
 class Database:
     """One database. `migrations` is the folder of the Alembic scripts that make its tables."""
 
@@ -49,14 +54,20 @@ class Database:
             event.listen(self._engine, "begin", _begin)
 
     def migrate(self) -> None:
-        """Bring the tables to this release, from whichever they are at. Raises DatabaseAway."""
+        """Bring the tables to this release, from whichever they are at. Raises DatabaseAway, StateTooNew."""
         def upgrade(connection: Connection) -> None:
             if not self.sqlite:  # SQLite's transaction is a lock already
                 connection.execute(text("SELECT pg_advisory_xact_lock(:n)"), {"n": MIGRATION_LOCK})
             config = Config()
             config.set_main_option("script_location", str(self._migrations))
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            try:
+                command.upgrade(config, "head")
+            except CommandError as error:
+                if "locate revision" not in str(error):
+                    raise
+                raise StateTooNew(f"The database is of a newer release than this one ({error}). Use that release, or a "
+                                  "backup from before.") from error
 
         self.transact(upgrade)
 

@@ -17,6 +17,7 @@ from loguru import logger
 from common.redis.names import HEARTBEAT_TTL_MS
 
 State = Literal["ready", "stalled", "draining", "asleep", "waking", "gone"]
+BEST_FIRST: tuple[State, ...] = ("ready", "stalled", "waking", "asleep", "draining")
 TAKES_NOTHING = frozenset({"draining", "asleep", "waking"})
 
 FORGET_S = 300.0
@@ -227,6 +228,11 @@ class WorkerTable:
     def sleeping(self, model: str) -> list[Worker]:
         """Workers that serve a model once they are awake."""
         return [w for w in self.workers.values() if w.beat.state in ("asleep", "waking") and model in w.names]
+
+    def state_of(self, model: str) -> State:
+        """The best state of a worker that serves a model: what a request for it meets."""
+        found = {worker.beat.state for worker in self.workers.values() if model in worker.names}
+        return next((state for state in BEST_FIRST if state in found), "gone")
 
     def models(self) -> dict[str, Model]:
         """Every model some worker serves, by name."""

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
 
 from common import errors
-from common.workers import Model
+from common.workers import Model, WorkerTable
 
 
 def add_routes(api: FastAPI) -> None:
@@ -41,7 +41,7 @@ def add_routes(api: FastAPI) -> None:
     async def models(request: Request) -> dict[str, object]:
         """Every model some worker serves, and every alias of one."""
         found = models_and_aliases(request)
-        return {"object": "list", "data": [describe(found[name]) for name in sorted(found)]}
+        return {"object": "list", "data": [describe(found[name], request.app.state.table) for name in sorted(found)]}
 
     @api.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, object]:
@@ -49,7 +49,7 @@ def add_routes(api: FastAPI) -> None:
         found = models_and_aliases(request).get(name)
         if found is None:
             raise errors.NotFound(f"The model {name!r} does not exist.", param="model", code="model_not_found")
-        return describe(found)
+        return describe(found, request.app.state.table)
 
 
 def models_and_aliases(request: Request) -> dict[str, Model]:
@@ -62,9 +62,10 @@ def models_and_aliases(request: Request) -> dict[str, Model]:
     }
 
 
-def describe(model: Model) -> dict[str, object]:
-    """A model in OpenAI's shape, with vLLM's `max_model_len` and `parent`."""
+def describe(model: Model, table: WorkerTable) -> dict[str, object]:
+    """A model in OpenAI's shape, with vLLM's `max_model_len` and `parent`, and whether it is ready or asleep."""
+    served = model.id if model.id in table.models() else model.parent or model.id  # an alias is what it stands for
     return {
         "id": model.id, "object": "model", "created": model.created, "owned_by": "owngpt",
-        "max_model_len": model.max_model_len, "parent": model.parent,
+        "max_model_len": model.max_model_len, "parent": model.parent, "state": table.state_of(served),
     }

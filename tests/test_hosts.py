@@ -26,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import gpus
+from common.database import StateTooNew
 from common.gpus import Gpu, Gpus
 from common.sizing import cards, fit
 from common.sizing.cards import CannotSay
@@ -34,9 +35,12 @@ from services.local.catalog import Catalog, Entry, Place
 from services.local.configs import find_nginx, write_configs
 from services.local.errors import UserError
 from services.local.plan import ROOT, Dials, read_dials
+from services.local.running import last_words
+from services.local.state_version import STATE_VERSION, check_version
 from services.trainer.place import is_time
 from services.worker import fetch
 from tests.harness import Stack, body, running, wait_for
+from tests.jobs_service import database
 
 GIB = 2**30
 
@@ -395,6 +399,35 @@ class TestDriver:
         done = subprocess.run([sys.executable, "services/local/accelerator.py", asked], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == status
         assert says in (done.stderr if status else done.stdout)
+
+
+class TestVersion:
+    def test_a_newer_releases_state_is_refused_and_an_older_ones_taken(self, tmp_path: Path) -> None:
+        check_version(tmp_path)
+        assert (tmp_path / "version").read_text() == f"{STATE_VERSION}\n"
+        for said in (str(STATE_VERSION + 1), "x"):
+            (tmp_path / "version").write_text(said)
+            with pytest.raises(UserError, match=f"state version {said}; this one knows {STATE_VERSION}"):
+                check_version(tmp_path)
+            assert (tmp_path / "version").read_text() == said
+
+    def test_tables_of_a_newer_release(self, tmp_path: Path) -> None:
+        kept = database(tmp_path)
+        kept.transact(lambda c: c.exec_driver_sql("UPDATE alembic_version SET version_num = 'r9999'"))
+        with pytest.raises(StateTooNew, match="newer release"):
+            kept.migrate()
+
+
+def test_the_last_words_name_the_cause(tmp_path: Path) -> None:
+    log = tmp_path / "w.log"
+    log.write_text("RuntimeError: Found no NVIDIA driver on your system.\n    raise RuntimeError(\n"
+                   "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n"
+                   '{"event":"engine died","reason":"exit status 1"}\n')
+    assert last_words(log) == "RuntimeError: Found no NVIDIA driver on your system."
+    log.write_text('{"event":"engine died","reason":"GPU 0 (NVIDIA L4) has 1.0 GiB of 22.0 GiB free"}\n')
+    assert last_words(log).startswith("GPU 0 (NVIDIA L4)")
+    log.write_text('{"event":"x","exception":"Traceback\\n  File 1\\nValueError: no such flag"}\n7\n')
+    assert last_words(log) == "ValueError: no such flag"
 
 
 @pytest.mark.parametrize(("when", "now", "is_it"), [

@@ -26,6 +26,7 @@ from services.local.models import bring_models
 from services.local.plan import ROOT, Dials, Ports, pick_ports, read_dials
 from services.local.room import check_room
 from services.local.running import only_one, start, stop, wait_until_ready
+from services.local.state_version import check_version
 
 app = typer.Typer(help="OwnGPT as local processes.", no_args_is_help=True, add_completion=False)
 app.add_typer(beside)
@@ -101,6 +102,7 @@ def up() -> None:
     dials = read_dials()
     dials.state.mkdir(parents=True, exist_ok=True)
     dials.state.chmod(0o700)  # keys, and what was uploaded
+    check_version(dials.state)
     check_room(dials)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT, too: a background job of a shell ignores it
         signal.signal(number, signal.default_int_handler)

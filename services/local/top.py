@@ -76,7 +76,7 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
         state = worker["state"]
         table.add_row(
             worker["id"], Text(state, style="green" if state == "ready" else "red"),
-            f"{worker['in_flight']}/{worker['slots']}", str(worker["waiting"]), bar(worker["kv_use"]),
+            f"{worker['in_flight']}/{worker['slots']}", str(worker["waiting"] + worker.get("wished", 0)), bar(worker["kv_use"]),
             f"{worker['tokens_per_s']:.1f}", f"{worker['prompt_tokens_per_s']:.1f}", share(worker["cached_share"]),
             ", ".join(worker["models"]),
         )
