@@ -45,7 +45,8 @@ apply: .venv/.ready
 
 apply-compose: .venv-tools/.ready
 	@GPUS=$${GPUS:-$$(nvidia-smi -L 2>/dev/null | wc -l)} .venv-tools/bin/python -m services.local.compose
-	@docker compose up -d --wait && docker compose up -d --wait --remove-orphans
+	@[ ! -e /dev/nvidia0 ] || docker compose --profile without-models-yaml rm -sf worker
+	@docker compose up -d --wait && docker compose --profile without-models-yaml rm -sf worker && docker compose up -d --wait --remove-orphans
 
 restart: .venv/.ready
 	@$(PY) -m services.local restart

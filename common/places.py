@@ -15,6 +15,8 @@ Stage = Literal["asleep", "waking", "awake"]
 LEAST_AWAKE_S = 10.0
 """An engine that woke stays awake so long at least, so that two models asked in turns do not only wake and sleep."""
 FORGOTTEN_S = 10.0
+NEW_S = 2.5
+"""A place of which redis knows nothing is given to nobody for so long: whoever is awake has spoken by then."""
 
 
 class Turn(NamedTuple):
@@ -46,7 +48,7 @@ def call(place: str, said: Saying) -> tuple[str, int, str, *tuple[str, ...]]:
     """The arguments of `redis.eval`."""
     arguments = (
         said.member, said.kind, str(int(said.wants)), said.stage, str(int(said.busy)), str(int(said.idle_s * 1000)),
-        str(said.at_once), str(int(LEAST_AWAKE_S * 1000)), str(int(FORGOTTEN_S * 1000)),
+        str(said.at_once), str(int(LEAST_AWAKE_S * 1000)), str(int(FORGOTTEN_S * 1000)), str(int(NEW_S * 1000)),
     )
     return (TURN, 1, place_key(place), *arguments)
 

@@ -18,6 +18,7 @@ from common.redis.names import HEARTBEAT_TTL_MS
 
 State = Literal["ready", "stalled", "draining", "asleep", "waking", "gone"]
 BEST_FIRST: tuple[State, ...] = ("ready", "stalled", "waking", "asleep", "draining")
+SERVES = frozenset({"ready", "stalled"})
 TAKES_NOTHING = frozenset({"draining", "asleep", "waking"})
 
 FORGET_S = 300.0
@@ -167,7 +168,8 @@ class WorkerTable:
                 logger.info("worker changed state", worker=beat.id, was=was.state, now=beat.state)
             if was.state != beat.state or was.models != beat.models or was.address != beat.address:
                 self._changed()
-            if was.models != beat.models:  # what it drops while it lives was deleted; what leaves with it may be back
+            # What it drops while it serves was deleted; what leaves with it, or was not loaded yet, may be back.
+            if was.models != beat.models and {was.state, beat.state} <= SERVES:
                 dropped = {model.id for model in was.models} - known.names
                 self.known_models -= dropped - self.models().keys()
         self.known_models.update(model.id for model in beat.models)

@@ -44,9 +44,11 @@ def main() -> None:
     sockets = [config.bind_socket(), *([bind(args.socket)] if args.socket else [])]
     try:
         if args.processes > 1:
+            if args.socket:
+                take_over(args.socket)
             Multiprocess(config, sockets=sockets).run()
         else:
-            Server(config).run(sockets=sockets)
+            Server(config, args.socket).run(sockets=sockets)
     finally:
         if counters is not None:
             shutil.rmtree(counters, ignore_errors=True)
@@ -59,6 +61,15 @@ class Server(uvicorn.Server):
     """
 
     _wake: Callable[[], object] | None = None
+
+    def __init__(self, config: uvicorn.Config, path: Path | None = None) -> None:
+        super().__init__(config)
+        self._path = path
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self._path is not None:
+            take_over(self._path)
 
     async def main_loop(self) -> None:
         told = asyncio.Event()
@@ -73,15 +84,24 @@ class Server(uvicorn.Server):
 
 
 def bind(path: Path) -> socket.socket:
-    """A unix socket at `path`, in the place of whoever listens there. All who reach the folder may connect."""
+    """A unix socket that is to be at `path`; `take_over` puts it there. All who reach the folder may connect."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    partial = path.with_suffix(f".{os.getpid()}")
+    partial = waiting(path)
     partial.unlink(missing_ok=True)
     sock.bind(str(partial))
     partial.chmod(0o666)
     sock.listen(BACKLOG)
-    partial.replace(path)  # from here on connections come to us, and wait until we are up
     return sock
+
+
+def take_over(path: Path) -> None:
+    """From here on who connects to `path` comes to us, whoever listened there before."""
+    waiting(path).replace(path)
+
+
+def waiting(path: Path) -> Path:
+    """Where the socket is until we are up."""
+    return path.with_suffix(f".{os.getpid()}")
 
 
 if __name__ == "__main__":

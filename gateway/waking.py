@@ -31,6 +31,8 @@ class Waking:
         self._name = secrets.token_hex(4)
         self._waiting: dict[str, int] = {}
         self._wishing: dict[str, asyncio.Task[None]] = {}
+        self._until: dict[str, float] = {}
+        """How long a model is wished for though nobody waits: they were told to come back."""
 
     def wait(self, model: str, sleepers: Sequence[Worker]) -> Awaitable[None]:
         """Until a worker that serves the model is awake. Raises Unavailable, at once when it would take too long."""
@@ -47,8 +49,9 @@ class Waking:
                 f"{MAX_WAITING} requests wait for the model {model!r} already.",
                 code="model_waking", retry_after_s=self._retry_after_s(expected_s),
             )
-        self._wish(base)
         if expected_s > self._patience_s:
+            self._until[base] = time.monotonic() + expected_s + WISH_TTL_S
+            self._wish(base)
             raise errors.Unavailable(
                 f"The model {model!r} is being woken; that takes about {expected_s:.0f} s.",
                 code="model_waking", retry_after_s=self._retry_after_s(expected_s),
@@ -94,8 +97,9 @@ class Waking:
                     logger.warning("a model is not woken", model=base, error=str(error) or type(error).__name__)
                 away = True
             await asyncio.sleep(WISH_EVERY_S)
-            if not self._waiting.get(base):
+            if not self._waiting.get(base) and time.monotonic() > self._until.get(base, 0.0):
                 self._waiting.pop(base, None)
+                self._until.pop(base, None)
                 return  # the wish is forgotten by itself, after enough time for a worker to have seen it
 
     @staticmethod

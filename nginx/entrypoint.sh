@@ -21,7 +21,11 @@ LISTEN_OPTIONS=
 TLS=
 UNKNOWN_HOSTS=
 tls=/etc/owngpt/tls
-if [ -f "$tls/fullchain.pem" ]; then   # TLS_DIR
+if [ -n "${TLS_DIR:-}" ] && { [ ! -r "$tls/fullchain.pem" ] || [ ! -r "$tls/privkey.pem" ]; }; then
+    echo "nginx: TLS_DIR=$TLS_DIR: user 10001 cannot read fullchain.pem and privkey.pem there (certbot's are links: copy them)" >&2
+    exit 1
+fi
+if [ -r "$tls/fullchain.pem" ]; then   # TLS_DIR
     LISTEN_OPTIONS=' ssl'
     # shellcheck disable=SC2016 # the dollars are for nginx
     TLS="ssl_certificate $tls/fullchain.pem; ssl_certificate_key $tls/privkey.pem; ssl_protocols TLSv1.2 TLSv1.3;"' ssl_session_cache shared:tls:10m; ssl_session_timeout 1h; error_page 497 =308 https://$http_host$request_uri;'

@@ -26,7 +26,7 @@ class Scripted(Vllm):
 
 
 if __name__ == "__main__":
-    places.LEAST_AWAKE_S = 0.5
+    places.LEAST_AWAKE_S, places.NEW_S = 0.5, 0.3
     engines.Vllm = Scripted  # type: ignore[misc]
     settings = WorkerSettings()
     logs.configure("worker", "INFO")

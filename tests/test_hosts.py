@@ -537,13 +537,15 @@ class TestTls:
 
 
 def test_a_socket_is_taken_over_and_who_connects_meanwhile_waits(tmp_path: Path) -> None:
-    from gateway.__main__ import bind
+    from gateway.__main__ import bind, take_over
 
     async def live() -> None:
         path = tmp_path / "g.sock"
         old, new = bind(path), None
+        take_over(path)
         try:
             new = bind(path)
+            take_over(path)
             reader, writer = await asyncio.open_unix_connection(str(path))
             new.setblocking(False)
             connection, _ = await asyncio.get_running_loop().sock_accept(new)

@@ -29,7 +29,7 @@ ONLY_COMPOSE = {
     "TRAINER_METRICS_HOST": "as ENGINE_HOST", "NVIDIA_DRIVER_CAPABILITIES": "of NVIDIA's container toolkit",
     "TRAIN_FOUR_BIT": "CUDA only; programs inherit it", "USER": "a container's user has no name",
     "XDG_CACHE_HOME": "a volume; locally the user's own cache", "TRITON_CACHE_DIR": "as XDG_CACHE_HOME",
-    "TORCHINDUCTOR_CACHE_DIR": "as XDG_CACHE_HOME",
+    "TORCHINDUCTOR_CACHE_DIR": "as XDG_CACHE_HOME", "ALIVE_FILE": "of a container's health check",
     "GATEWAY_PROCESSES": "python -m gateway reads it from the environment in both", "ACCELERATOR": "in the image",
 }
 ONLY_LOCAL = {

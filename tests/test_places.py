@@ -39,6 +39,7 @@ class Place:
         redis.flushall()
         self.redis = redis
         monkeypatch.setattr(places, "LEAST_AWAKE_S", least_awake_s)
+        monkeypatch.setattr(places, "NEW_S", 0.0)
 
     def say(self, member: str, *, kind: str = "turn", wants: bool = True, **more: object) -> Turn:
         return places.heard(self.redis.eval(*places.call(PLACE, Saying(member, kind, wants, **more))))  # type: ignore[arg-type]
@@ -140,7 +141,7 @@ class TestTraining:
     @pytest.fixture
     def trainer(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> TrainersPlace:
         monkeypatch.setattr(trainers_place, "ASK_EVERY_S", 0.01)
-        return TrainersPlace(place.redis, SimpleNamespace(place=PLACE, train_when="now"))  # type: ignore[arg-type]
+        return TrainersPlace(place.redis, SimpleNamespace(shared_place=PLACE, train_when="now"))  # type: ignore[arg-type]
 
     def test_it_waits_until_the_engines_sleep_and_they_until_it_is_done(self, place: Place, trainer: TrainersPlace) -> None:
         place.say("engine", kind="always")
@@ -151,8 +152,15 @@ class TestTraining:
 
         with trainer.taken(still, lambda _: None):
             assert [turn.asked for turn in looked] == [True, True, True, False]
-            trainer.keep()
             assert place.say("engine", kind="always") == Turn(False, False, 0, True)
+        assert place.say("engine", kind="always").holds
+
+    def test_it_is_kept_however_slow_the_rest_is(self, place: Place, trainer: TrainersPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(places, "FORGOTTEN_S", 0.2)
+        monkeypatch.setattr(trainers_place, "SAY_EVERY_S", 0.02)
+        with trainer.taken(lambda: None, lambda _: None):
+            time.sleep(0.5)
+            assert not place.say("engine", kind="always").holds
         assert place.say("engine", kind="always").holds
 
     def test_what_ends_the_waiting_or_the_run_gives_it_free(self, place: Place, trainer: TrainersPlace) -> None:
@@ -181,9 +189,26 @@ class TestTraining:
         assert "TRAIN_WHEN=idle" in said[0]
 
     def test_without_a_place_nobody_is_asked(self, place: Place) -> None:
-        alone = TrainersPlace(None, SimpleNamespace(place="", train_when="idle"))  # type: ignore[arg-type]
+        alone = TrainersPlace(None, SimpleNamespace(shared_place="", train_when="idle"))  # type: ignore[arg-type]
         with alone.taken(lambda: None, print):
-            alone.keep()
+            pass
+
+
+def test_a_place_that_redis_forgot_is_given_to_nobody_before_those_awake_have_spoken(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "NEW_S", 0.2)
+    assert not place.say("b").holds, "somebody else may be awake"
+    assert place.say("a", stage="awake").holds
+    time.sleep(0.25)
+    assert not place.say("b").holds
+    place.say("a", wants=False)
+    assert place.say("b").holds
+
+
+def test_two_that_woke_beside_each_other_do_not_stay_so(place: Place) -> None:
+    assert place.say("a").holds
+    time.sleep(0.003)
+    assert place.say("b", stage="awake").holds, "it says that it is awake, and redis cannot know better"
+    assert (place.say("a", stage="awake").asked, place.say("b", stage="awake").asked) == (False, True)
 
 
 def test_never_two(server: Redis, tmp_path: Path) -> None:
@@ -193,6 +218,7 @@ def test_never_two(server: Redis, tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             server.flushall()
+            places.NEW_S = 0.0
             self.awake: dict[str, str] = {}
 
         @rule(name=st.sampled_from("abcd"), wants=st.booleans(), busy=st.booleans(), obeys=st.booleans())

@@ -377,6 +377,7 @@ class TestTurns:
     @pytest.fixture(autouse=True)
     def soon(self, monkeypatch: pytest.MonkeyPatch, floor: Stack) -> None:
         monkeypatch.setattr(places, "LEAST_AWAKE_S", 0.3)
+        monkeypatch.setattr(places, "NEW_S", 0.0)
         monkeypatch.setattr(turns, "SAY_EVERY_S", 0.1)
         floor.redis("worker").delete("place:cpu")
 
@@ -472,6 +473,47 @@ class TestTurns:
                     assert await asyncio.wait_for(life.task, 5) == 1
             floor.redis("worker").eval(*places.call("cpu", Saying("x", "turn", False)))
             assert floor.redis("worker").eval(*places.call("cpu", Saying("y", "turn", True)))[0] == 1, "the place is free"
+
+        asyncio.run(live())
+
+    def test_while_it_is_put_to_sleep_it_is_still_heard(self, floor: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Else gateways forget it after three seconds, and whoever asks is told that there is nobody."""
+        async def live() -> None:
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+
+            async def slowly() -> bool:
+                await asyncio.sleep(4)
+                return True
+
+            engine.sleep = slowly  # type: ignore[method-assign]
+            async with living(floor, engine, **self.SHARED, served_model_name="base") as life:
+                self.wish(floor, "base")
+                await life.until(lambda: life.said().get("state") == "ready", "awake")
+                floor.redis().delete("wake:base")
+                await asyncio.sleep(0.4)
+                other = Saying("x", "turn", True)
+                await life.until(lambda: floor.redis("worker").eval(*places.call("cpu", other))[0] == 0 and life.said()["state"] == "asleep", "asleep")
+                for _ in range(45):
+                    await asyncio.sleep(0.1)
+                    floor.redis("worker").eval(*places.call("cpu", other))
+                    assert life.said().get("state") == "asleep"
+                floor.redis("worker").eval(*places.call("cpu", Saying("x", "turn", False)))
+
+        asyncio.run(live())
+
+    def test_the_health_check_of_a_container_knows_sleep_from_a_start(self, floor: Stack, tmp_path: Path) -> None:
+        async def live() -> None:
+            alive = tmp_path / "alive"
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            engine.up = False
+            async with living(floor, engine, **{**self.SHARED, "on_demand": False}, alive_file=alive) as life:
+                await life.until(lambda: life.said().get("state") == "waking", "starting")
+                assert not alive.exists(), "it answers nobody yet"
+                engine.up = True
+                await life.until(alive.exists, "well")
+            alive.unlink()
+            async with living(floor, FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}"), **self.SHARED, alive_file=alive) as life:
+                await life.until(lambda: life.said().get("state") == "asleep" and alive.exists(), "well, though nobody needs it")
 
         asyncio.run(live())
 

@@ -150,7 +150,8 @@ redis.call('DEL', KEYS[1], KEYS[2])
 
 # KEYS[1] place:{place} ; ARGV[1] member, ARGV[2] kind (turn, always, all), ARGV[3] '1' wants to be awake, ARGV[4] how
 # it is (asleep, waking, awake), ARGV[5] '1' has requests, ARGV[6] ms since it was used, ARGV[7] members of kind turn
-# that are awake at once, ARGV[8] ms that it stays awake at least, ARGV[9] ms after which a silent one is forgotten.
+# that are awake at once, ARGV[8] ms that it stays awake at least, ARGV[9] ms after which a silent one is forgotten,
+# ARGV[10] ms in which a place that nobody was heard of is given to nobody: those who are awake speak first.
 # Returns {1: it may be awake, 1: it is asked to sleep, how many are before it, 1: somebody has or wants all}.
 # Who may be awake is decided in one step, so that no two engines ever start on one card. `all` (a training) wants
 # everybody else asleep; while it waits or works nobody else wakes. Else whoever wants its turn first gets it: when no
@@ -164,6 +165,9 @@ for i = 1, #flat, 2 do
   local member = cjson.decode(flat[i + 1])
   if member.seen + tonumber(ARGV[9]) < now then redis.call('HDEL', KEYS[1], flat[i]) else members[flat[i]] = member end
 end
+if #flat == 0 then members['*'] = {kind = 'new', holds = false, since = now, wants = 0, asked = false, seen = now}
+  redis.call('HSET', KEYS[1], '*', cjson.encode(members['*'])) end
+local new = members['*'] and now - members['*'].seen < tonumber(ARGV[10])
 local mine = members[me] or {holds = false, since = now, wants = 0, asked = false}
 members[me] = mine
 mine.kind, mine.seen, mine.busy, mine.used = kind, now, ARGV[5] == '1', now - tonumber(ARGV[6])
@@ -187,7 +191,17 @@ for _, name in ipairs(names) do
 end
 local places = kind == 'all' and 1 or tonumber(ARGV[7])
 if kind == 'always' then holders = {} end
-if mine.wants > 0 and (kind == 'all' or everybody == 0) then
+local surplus = kind == 'turn' and mine.holds and #holders + 1 > places
+if surplus then
+  local older = 0
+  for _, name in ipairs(holders) do
+    local other = members[name]
+    if other.since < mine.since or (other.since == mine.since and name < me) then older = older + 1 end
+  end
+  surplus = older >= places
+  mine.asked = mine.asked or surplus
+end
+if mine.wants > 0 and not new and (kind == 'all' or everybody == 0) then
   local missing = kind == 'all' and #holders or #holders + ahead + 1 - places
   if missing <= 0 and (kind ~= 'all' or ahead == 0) then mine.holds, mine.since, mine.wants = true, now, 0
   else
@@ -211,7 +225,7 @@ if mine.wants > 0 and (kind == 'all' or everybody == 0) then
   end
 end
 if everybody == 1 and mine.holds and kind ~= 'all' then mine.asked = true end
-if everybody == 0 and not needed then mine.asked = false end
+if everybody == 0 and not needed and not surplus then mine.asked = false end
 redis.call('HSET', KEYS[1], me, cjson.encode(mine))
 redis.call('PEXPIRE', KEYS[1], ARGV[9])
 return {mine.holds and 1 or 0, mine.asked and 1 or 0, ahead, everybody}

@@ -12,6 +12,7 @@ from common.database import Database
 from common.tuning import FINISHED, LEASE_S, End, Job, Leased, Report, Wish, event
 from services.jobs import tables
 
+TRAINED_S = 60.0
 MAX_ATTEMPTS = 5
 """A job whose trainers end so often without getting it further has failed."""
 
@@ -21,13 +22,18 @@ class Trainers:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self.trained: set[str] = set()
-        """The models that trainers have asked for work on."""
+        self._trained: dict[str, float] = {}
+        """The models that trainers have asked for work on, and when last."""
 
     async def lease(self, model: str) -> Leased | None:
         """A job whose trainer is gone, else the next one of the queue, else None."""
-        self.trained.add(model)
+        self._trained[model] = time.monotonic()
         return await self._database.run(lambda c: self._lease(c, model))
+
+    @property
+    def trained(self) -> set[str]:
+        """The models that trainers train now, as far as they have said; empty: none has asked lately."""
+        return {model for model, asked_at in self._trained.items() if time.monotonic() - asked_at < TRAINED_S}
 
     def _lease(self, c: Connection, model: str) -> Leased | None:
         jobs, now = tables.jobs.c, time.time()

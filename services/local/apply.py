@@ -10,10 +10,14 @@ import http.client
 import time
 import xmlrpc.client
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import httpx
 
+from common import gpus
+from common.sizing import fit
+from common.sizing.cards import CannotSay
 from services.local import room, workers
 from services.local.errors import UserError
 from services.local.plan import Dials, Ports, is_free
@@ -39,32 +43,48 @@ class Stack:
     def apply(self, *, anew: bool = False) -> Change:
         """What models.yaml says; with `anew` every worker is replaced. Raises UserError."""
         change = workers.change(self.workers, workers.wanted(self._dials), self._free_ports(), anew=anew)
-        for model in sorted({worker.model for worker in (*change.new, *change.old)}):
-            new = [worker for worker in change.new if worker.model == model]
-            old = [worker for worker in change.old if worker.model == model]
-            if anew:  # as little as possible at a time
-                for one, other in zip(new, old, strict=True):
-                    self._replace([one], [other])
-            else:
-                self._replace(new, old)
+        if self._dials.gpus:  # engines take what their card has, so all that leave make room for all that come
+            if change.new or change.old:
+                self._replace(change.new, change.old)
+        else:
+            for model in sorted({worker.model for worker in (*change.new, *change.old)}):
+                new = [worker for worker in change.new if worker.model == model]
+                old = [worker for worker in change.old if worker.model == model]
+                if anew:  # as little as possible at a time
+                    for one, other in zip_longest(new, old):
+                        self._replace([one] if one else [], [other] if other else [])
+                else:
+                    self._replace(new, old)
         self._configure(self.workers)
         return change
+
+    def reload_certificate(self) -> None:
+        """nginx reads it again; connections stay."""
+        with self._faults():
+            self._supervisor.signalProcess("nginx", "HUP")
 
     def restart_gateway(self) -> None:
         """Another one takes its place, and gives it back to a new one of the old name."""
         extra = gateway(self._dials, self._free_port(), NEXT_GATEWAY)
         self._say("gateway: the next one comes up")
         self._configure(self.workers, [extra])
-        self._await_gateway(NEXT_GATEWAY, extra)
+        try:
+            self._await_gateway(NEXT_GATEWAY, extra)
+        except UserError:
+            self._configure(self.workers)
+            raise
         with self._faults():
-            self._supervisor.stopProcess("gateway")
+            self._supervisor.stopProcessGroup("gateway")
             self._supervisor.startProcess("gateway")
         self._await_gateway("gateway", gateway(self._dials, self._ports.gateway))
         self._configure(self.workers)
 
     def _replace(self, new: list[Worker], old: list[Worker]) -> None:
-        name = (new or old)[0].model
-        beside = not old or self._has_room(new)
+        name = ", ".join(dict.fromkeys(worker.model for worker in (*new, *old)))
+        beside = not new or self._has_room(new)
+        if not beside and not old:
+            raise UserError(f"There is not enough free memory for {name}. Stop other programs, or let models start "
+                            "on_demand.")
         if not beside:
             self._say(f"{name}: there is no memory for two; the old one ends first")
             self._stop(old)
@@ -76,6 +96,9 @@ class Stack:
                     self._await(worker)
             except UserError:
                 self._stop(new)
+                if not beside:
+                    self._say(f"{name}: the old one is started again")
+                    self._configure([*self.workers, *old])
                 raise
         if beside and old:
             self._stop(old)
@@ -84,40 +107,52 @@ class Stack:
         """Whether there is memory for new workers beside all that run."""
         entries = {entry.name: entry for entry in self._dials.catalog.models}
         if self._dials.gpus:
-            return False  # engines take what their GPU has
+            return self._fits_beside(new)
         needed = sum(room.on_a_cpu(entries[worker.model], self._dials.models) for worker in new if worker.always)
         return room.available_bytes() > needed
+
+    def _fits_beside(self, new: Sequence[Worker]) -> bool:
+        """Whether each new worker's GPUs have its share free."""
+        try:
+            found = gpus.look()
+            for worker in new:
+                if "CUDA_VISIBLE_DEVICES" in worker.env:
+                    cards = tuple(int(number) for number in worker.env["CUDA_VISIBLE_DEVICES"].split(","))
+                    fit.check_free(found, cards, float(worker.env["GPU_MEMORY_UTILIZATION"]))
+        except (gpus.GpusAway, CannotSay):
+            return False
+        return True
 
     def _await(self, worker: Worker) -> None:
         """Until it answers, or sleeps until it is asked. Raises UserError when it does not come up."""
         deadline = time.monotonic() + START_PATIENCE_S
         log = self._dials.state / "logs" / f"{worker.name}.log"
         while time.monotonic() < deadline:
-            if self._state_of(worker.name) in (("ready",) if worker.always else ("ready", "asleep", "waking")):
+            state, held = self._state_of(worker.name)
+            if state == "ready" or (state in ("asleep", "waking") and (held or not worker.always)):
                 return
             died = log.exists() and '"engine died"' in log.read_text(errors="replace")
             if died or process_states(self._dials).get(worker.name) == "FATAL":
-                raise UserError(f"{worker.name} does not start, and {worker.model} is served as before: "
-                                f"{last_words(log)} ({log})")
+                raise UserError(f"{worker.name} does not start: {last_words(log)} ({log})")
             time.sleep(LOOK_EVERY_S)
         raise UserError(f"{worker.name} is not ready after {START_PATIENCE_S:.0f} s; its log is {log}.")
 
-    def _state_of(self, program: str) -> str:
-        """What the worker of a program says of itself; empty when it says nothing."""
+    def _state_of(self, program: str) -> tuple[str, str]:
+        """(state, what holds it) of the worker of a program, as it says; empty when it says nothing."""
         with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
             url = f"{inner(self._dials)}/v1/status"
             status = httpx.get(url, headers={"authorization": f"Bearer {self._key}"}, timeout=2).json()
             for worker in status["workers"]:
                 if worker["id"].rpartition("-")[0] == program:
-                    return str(worker["state"])
-        return ""
+                    return str(worker["state"]), str(worker["held"])
+        return "", ""
 
     def _stop(self, old: Sequence[Worker]) -> None:
         """Each takes nothing new, finishes what it has, ends."""
         for worker in old:
             self._say(f"{worker.model}: {worker.name} finishes what it has")
             with self._faults():
-                self._supervisor.stopProcess(worker.name)
+                self._supervisor.stopProcessGroup(worker.name)  # also one that was given up
         self._configure([worker for worker in self.workers if worker not in old])
 
     def _configure(self, now: list[Worker], extra: Sequence[Program] = ()) -> None:
@@ -158,8 +193,12 @@ class Stack:
     def _free_ports(self) -> Iterator[int]:
         """Those that were set aside for workers, and are not taken."""
         taken = {worker.port for worker in self.workers}
-        return (port for port in self._ports.workers if port not in taken and is_free(port))
+        return (port for port in (*self._ports.workers, *self._more_ports()) if port not in taken and is_free(port))
 
     def _free_port(self) -> int:
-        return next(port for port in range(self._ports.workers[-1] + 1, 65535) if is_free(port))
+        return next(port for port in self._more_ports() if is_free(port))
+
+    def _more_ports(self) -> range:
+        """Beyond those: nginx reaches them as well, without keeping connections."""
+        return range(self._ports.workers[-1] + 1, 65535)
 

@@ -178,11 +178,8 @@ class Place(NamedTuple):
         return "gpu-" + "-".join(map(str, self.gpus)) if self.gpus else "cpu"
 
 
-def environment(entry: Entry, models: Path, place: Place, awake: int, *, alone: bool = False) -> dict[str, str]:
-    """What the worker of an entry is told beside what all are told; only what the entry says.
-
-    `alone`: trainings have the CPU for themselves, as they have a GPU.
-    """
+def environment(entry: Entry, models: Path, place: Place, awake: int) -> dict[str, str]:
+    """What the worker of an entry is told beside what all are told; only what the entry says."""
     attached = entry.engine == "attached"
     found: dict[str, Any] = {
         "ENGINE": "attached" if attached else "", "ENGINE_URL": entry.url,
@@ -197,9 +194,10 @@ def environment(entry: Entry, models: Path, place: Place, awake: int, *, alone: 
         found["KV_CACHE_GIB"] = entry.kv_cache_gib
     if entry.start == "on_demand":
         found |= {"ON_DEMAND": "true", "AWAKE_AT_ONCE": awake}
-    if (entry.start == "on_demand" or alone or place.gpus) and not attached:
+    if (entry.start == "on_demand" or place.gpus) and not attached:
         found["PLACE"] = place.name
-    return {name: str(value) for name, value in found.items() if value != ""}
+    # An empty revision is said, too: else that of another model would be taken over from the environment.
+    return {name: str(value) for name, value in found.items() if value != "" or name == "MODEL_REVISION"}
 
 
 def deal(catalog: Catalog, gpus: int) -> dict[str, list[Place]]:

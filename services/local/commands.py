@@ -113,6 +113,7 @@ def restart_all() -> None:
     with running_stack() as stack:
         change = stack.apply(anew=True)
         stack.restart_gateway()
+        stack.reload_certificate()
     console.print(f"started anew: {len(change.new)} worker(s), the gateway.")
 
 

@@ -35,7 +35,7 @@ class Dumper(yaml.SafeDumper):
 Dumper.add_representer(Override, lambda dumper, data: dumper.represent_mapping("!override", data))
 
 
-def document(found: Catalog, digest: str, gpus: int, own: Path) -> dict[str, Any]:
+def document(found: Catalog, digest: str, gpus: int, own: Path, file: str = "./models.yaml") -> dict[str, Any]:
     """The file. `digest`: of models.yaml; `own`: MODELS_DIR, which containers see as /models/own.
 
     Raises UserError for a folder that containers cannot see, and when there are too few GPUs.
@@ -55,7 +55,7 @@ def document(found: Catalog, digest: str, gpus: int, own: Path) -> dict[str, Any
     ]  # fmt: skip
     services["fetch"] = {
         "environment": {"MODELS": " ".join(dict.fromkeys(models)), "MODELS_DIGEST": digest},
-        "volumes": ["./models.yaml:/models.yaml:ro"],
+        "volumes": [f"{file}:/models.yaml:ro"],
     }
     trained = next((e for e in found.models if e.task == "chat" and e.adapters and e.engine == "vllm"), None)
     services["trainer"] = (
@@ -102,7 +102,7 @@ def _in_container(entry: Entry, own: Path) -> Entry:
 def text(path: Path, gpus: int, own: Path) -> str:
     """The file as text. Raises UserError."""
     digest = sha256(path.read_bytes()).hexdigest()[:12]
-    made = document(catalog.read(path), digest, gpus, own)
+    made = document(catalog.read(path), digest, gpus, own, str(path.resolve()))
     return HEAD + yaml.dump(made, Dumper=Dumper, sort_keys=False, width=120)
 
 

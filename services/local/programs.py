@@ -12,7 +12,7 @@ from services.local.catalog import Entry
 from services.local.configs import find_exporter, find_nginx
 from services.local.plan import ROOT, Dials, Ports
 from services.local.state_server import find_redis
-from services.local.workers import Worker, trains_alone
+from services.local.workers import Worker
 
 SUPERVISOR_PROGRAM = """\
 [program:{name}]
@@ -154,9 +154,7 @@ def trainer(dials: Dials, ports: Ports, base: Entry) -> Program:
 def trains_on(dials: Dials, base: Entry) -> dict[str, str]:
     """The first GPU of the model that is trained, whose engines sleep meanwhile. On a CPU: with TRAIN_ALONE."""
     place = catalog.deal(dials.catalog, dials.gpus)[base.name][0]
-    if place.gpus:
-        return {"PLACE": place.name, "CUDA_VISIBLE_DEVICES": str(place.gpus[0])}
-    return {"PLACE": place.name} if trains_alone() else {}
+    return {"PLACE": place.name, "CUDA_VISIBLE_DEVICES": str(place.gpus[0])} if place.gpus else {}
 
 
 def prometheus_server(program: str, dials: Dials, ports: Ports) -> Program:

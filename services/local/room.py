@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from common import gpus
+from common import checkpoint, gpus
 from common.sizing import fit
 from common.sizing.cards import CannotSay
 from common.sizing.memory import Serving
@@ -26,11 +26,6 @@ def available_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
 
 
-def weights_bytes(model: str) -> int:
-    """Of a checkpoint folder; 0 where it is not unpacked or not downloaded."""
-    return sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
-
-
 def on_a_cpu(entry: Entry, models: Path) -> int:
     """Memory of one CPU worker of an entry. Raises UserError for a dial that is no number."""
     if entry.engine == "attached":
@@ -42,7 +37,7 @@ def on_a_cpu(entry: Entry, models: Path) -> int:
         raise UserError(f"KV_CACHE_GIB is a whole number of GiB, KV_HOST_GIB a number: {error}.") from error
     if (os.environ.get("KV_TIER") or "redis") == "redis":
         kv_bytes += host_bytes
-    return WORKER_NEEDS_BYTES + kv_bytes + weights_bytes(entry.model(models))
+    return WORKER_NEEDS_BYTES + kv_bytes + checkpoint.weights_bytes(entry.model(models), entry.revision)
 
 
 def together(dials: Dials) -> int:
@@ -67,7 +62,7 @@ def check_gpus(dials: Dials) -> None:
         fit.check_driver(found)
         for entry in dials.catalog.models:
             for place in catalog.deal(dials.catalog, dials.gpus)[entry.name]:
-                if entry.engine == "vllm" and place.gpus:
+                if entry.engine == "vllm" and place.gpus and not entry.arguments:
                     how = Serving(len(place.gpus), place.share, entry.max_tokens, entry.sequences, 4 * entry.adapters)
                     fit.check_model(found, place.gpus, entry.model(dials.models), entry.revision, how)
     except (gpus.GpusAway, CannotSay) as error:
@@ -87,7 +82,7 @@ def check_room(dials: Dials) -> None:
     else:
         check_gpus(dials)
     free = shutil.disk_usage(dials.state).free
-    unpacked = not any(e.source == BUNDLED for e in dials.catalog.models) or weights_bytes(
+    unpacked = not any(e.source == BUNDLED for e in dials.catalog.models) or checkpoint.weights_bytes(
         str(dials.models / bundled.NAME)
     )
     wanted = STATE_NEEDS_BYTES + (0 if unpacked else bundled.NEEDS_BYTES)

@@ -1,4 +1,4 @@
-"""Which release wrote a state folder. A newer one's is refused; an older one's is brought up by its services' migrations."""
+"""Which release wrote a state folder. A newer one's is refused; the services bring an older one's up."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ def check_version(state: Path) -> None:
     file = state / "version"
     said = file.read_text().strip() if file.exists() else "1"
     if not said.isdigit() or int(said) > STATE_VERSION:
-        raise UserError(f"{state} was written by a newer release (state version {said}; this one knows {STATE_VERSION}). "
-                        "Use that release, another STATE_DIR, or restore a backup from before.")
+        raise UserError(f"{state} was written by a newer release (state version {said}; this one knows "
+                        f"{STATE_VERSION}). Use that release, another STATE_DIR, or restore a backup from before.")
     partial = file.with_suffix(".partial")
     partial.write_text(f"{STATE_VERSION}\n")
     partial.replace(file)

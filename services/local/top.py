@@ -12,6 +12,8 @@ from rich.text import Text
 
 EVERY_S = 1.0
 BAR_WIDTH = 12
+STYLES = {"ready": "green", "asleep": "dim", "waking": "yellow"}
+"""Of a worker's state; else red."""
 
 
 def bar(share: float | None) -> str:
@@ -73,10 +75,10 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
     for name in ("worker", "state", "running", "waiting", "KV blocks", "out/s", "in/s", "prompt cached", "models"):
         table.add_column(name, justify="right" if name in ("running", "waiting", "out/s", "in/s") else "left")
     for worker in workers:
-        state = worker["state"]
+        state, waiting = worker["state"], worker["waiting"] + worker["wished"]  # in the engine, and for it to wake
         table.add_row(
-            worker["id"], Text(state, style="green" if state == "ready" else "red"),
-            f"{worker['in_flight']}/{worker['slots']}", str(worker["waiting"] + worker.get("wished", 0)), bar(worker["kv_use"]),
+            worker["id"], Text(state, style=STYLES.get(state, "red")),
+            f"{worker['in_flight']}/{worker['slots']}", str(waiting), bar(worker["kv_use"]),
             f"{worker['tokens_per_s']:.1f}", f"{worker['prompt_tokens_per_s']:.1f}", share(worker["cached_share"]),
             ", ".join(worker["models"]),
         )

@@ -12,7 +12,6 @@ import msgspec
 
 from services.local import catalog
 from services.local.catalog import Entry
-from services.local.errors import UserError
 from services.local.plan import Dials
 
 
@@ -43,19 +42,11 @@ def wanted(dials: Dials) -> list[Wanted]:
     cores = cpu_slices(dials.always) if dials.models_file is None and not dials.gpus else []
     for entry in dials.catalog.models:
         for number, place in enumerate(places[entry.name]):
-            env = catalog.environment(entry, dials.models, place, dials.catalog.awake, alone=trains_alone())
+            env = catalog.environment(entry, dials.models, place, dials.catalog.awake)
             if cores and cores[number]:
                 env["CPU_THREADS_BIND"] = cores[number]
             found.append(Wanted("worker" if dials.models_file is None else f"worker-{entry.slug}", entry, env))
     return found
-
-
-def trains_alone() -> bool:
-    """Whether engines on a CPU sleep while a training runs; on a GPU they do anyway. Raises UserError."""
-    said = os.environ.get("TRAIN_ALONE") or "off"
-    if said not in ("on", "off"):
-        raise UserError(f"TRAIN_ALONE={said}: on or off.")
-    return said == "on"
 
 
 def cpu_slices(workers: int) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,40 +40,45 @@ class Place:
 
     def __init__(self, redis: Redis, settings: TrainerSettings) -> None:
         self._redis, self._settings = redis, settings
-        self._said_at = 0.0
 
     @contextlib.contextmanager
     def taken(self, still: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
         """Have it. `still()` is called again and again while it is waited for, and raises what ends the waiting."""
-        if not self._settings.place:
+        if not self._settings.shared_place:
             yield
             return
         self._await_idle(still, say)
         say("waiting for the GPU: engines finish what they have, and sleep")
+        over = threading.Event()
+        keeping = threading.Thread(target=self._keep, args=(over,), daemon=True)
         try:
             while not self._say("asleep"):
                 still()
                 time.sleep(ASK_EVERY_S)
             say("the engines sleep; training")
+            keeping.start()  # by itself: whatever else is slow, the place is not forgotten
             yield
         finally:
+            over.set()
+            if keeping.ident is not None:
+                keeping.join()
             with contextlib.suppress(RedisError, OSError):  # else it is forgotten after a while
-                self._redis.eval(*places.call(self._settings.place, self._saying("asleep", wants=False)))
+                self._redis.eval(*places.call(self._settings.shared_place, self._saying("asleep", wants=False)))
 
-    def keep(self) -> None:
-        """It is still worked; call it often."""
-        if self._settings.place and time.monotonic() - self._said_at >= SAY_EVERY_S:
+    def _keep(self, over: threading.Event) -> None:
+        """Say that it is worked, until it is over."""
+        while not over.wait(SAY_EVERY_S):
             self._say("awake")
 
     def _await_idle(self, still: Callable[[], None], say: Callable[[str], None]) -> None:
         """With TRAIN_WHEN=idle: until nobody was served for IDLE_S."""
         if self._settings.train_when != "idle":
             return
-        seen, since = self._served(), time.monotonic() - IDLE_S
+        seen, since = self._served(), time.monotonic()
         told = False
         while True:
             now = self._served()
-            if now != seen or now[0]:
+            if now is None or now != seen or now[0]:
                 seen, since = now, time.monotonic()
             if time.monotonic() - since >= IDLE_S:
                 return
@@ -82,18 +88,20 @@ class Place:
             still()
             time.sleep(ASK_EVERY_S)
 
-    def _served(self) -> tuple[int, int]:
-        """(requests that run, tokens that were read) of all workers. The same twice: nobody is served."""
-        names: list[Any] = sorted(self._redis.smembers(WORKERS))
-        raws = self._redis.mget([worker_key(str(name)) for name in names]) if names else []
+    def _served(self) -> tuple[int, int] | None:
+        """(requests that run, tokens read) of all workers: the same twice, nobody is served. None: unknown."""
+        try:
+            names: list[Any] = sorted(self._redis.smembers(WORKERS))
+            raws = self._redis.mget([worker_key(str(name)) for name in names]) if names else []
+        except (RedisError, OSError):
+            return None
         beats = [msgspec.json.decode(raw, type=Heartbeat) for raw in raws if raw]
         return sum(beat.interactive for beat in beats), sum(beat.prompt_tokens for beat in beats)
 
     def _say(self, stage: Stage) -> bool:
         """Whether it is ours. While redis is away everything stays as it is."""
-        self._said_at = time.monotonic()
         try:
-            reply: Any = self._redis.eval(*places.call(self._settings.place, self._saying(stage, wants=True)))
+            reply: Any = self._redis.eval(*places.call(self._settings.shared_place, self._saying(stage, wants=True)))
         except (RedisError, OSError) as error:
             logger.warning("whose turn it is cannot be asked", error=str(error) or type(error).__name__)
             return False

@@ -1,6 +1,7 @@
 """The process of one run, seen from the trainer: started, listened to, paused, stopped, killed."""
 
 import contextlib
+import ctypes
 import json
 import os
 import queue
@@ -13,6 +14,7 @@ from typing import Any
 from services.trainer.plan import Folder
 
 STOP_PATIENCE_S = 8.0
+PR_SET_PDEATHSIG = 1
 
 
 class Run:
@@ -33,6 +35,7 @@ class Run:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
                 env=os.environ | {"OMP_NUM_THREADS": str(threads())} | one_gpu(),
             )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -111,3 +114,8 @@ def one_gpu() -> dict[str, str]:
     """The environment of a run: of several GPUs the first, for with two transformers would split every batch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
     return {"CUDA_VISIBLE_DEVICES": visible[0]}
+
+
+def _die_with_parent() -> None:
+    """In the child, before exec: killed when the trainer is gone, so that it holds no GPU that others believe free."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

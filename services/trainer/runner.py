@@ -127,7 +127,6 @@ class Runner:
                 elif said is not None:
                     self._hear(said)
                 work.keep()  # however much it has to say
-                self._place.keep()
                 if not wish and (wish := work.wish):
                     run.kill() if wish == "cancel" else folder.pause.touch()
                 if self._stopping.is_set():

@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -22,6 +23,7 @@ class TrainerSettings(StateSettings):
     adapters_dir: Path = Field(description="published adapters; workers read it")
     train_max_tokens: int = Field(1024, ge=32, description="longer rows are cut")
     train_four_bit: bool = Field(False, description="load the base in 4 bits (GPU only)")
+    train_alone: Literal["on", "off"] = Field("off", description="on: engines on a CPU sleep while a training runs")
     place: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="the GPU that engines give free meanwhile")
     train_when: str = Field(
         "idle", pattern=r"^(idle|now|([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d)$",
@@ -39,6 +41,11 @@ class TrainerSettings(StateSettings):
     def trainer_token(self) -> str:
         """By which the jobs service knows the trainer."""
         return read_secret(self.trainer_token_file)
+
+    @property
+    def shared_place(self) -> str:
+        """Whose turns it takes; empty: it shares nothing."""
+        return self.place or ("cpu" if self.train_alone == "on" else "")
 
     @property
     def served_name(self) -> str:

@@ -50,7 +50,8 @@ class Agent:
         self._process = Process(self._engine.command(), self._engine.environment())
         self._redis = connect(settings)
         self.heart = Heart(self._redis, self._engine, worker_id, settings.heartbeat_s, settings.stall_s)
-        self._turns = Turns(self._redis, settings, self.heart) if settings.place else None
+        self.heart.alive_file, self.heart.on_demand = settings.alive_file, settings.on_demand
+        self._turns = Turns(self._redis, settings, self.heart) if settings.shared_place else None
         self._models = [Model(settings.served_name, settings.max_model_len)]
         self._patience_s = settings.stall_restart_s if self._engine.command() is not None else math.inf
         self.stopping = asyncio.Event()
@@ -100,7 +101,8 @@ class Agent:
             self._turns.is_now("awake")
             asked = await self._unless_stopped(self._first(self._serve(), self._turns.must_sleep()))
             if asked and await self._unless_stopped(self._first(self._watch(), self._drain("asleep", math.inf))):
-                await self._put_to_sleep(self._turns)
+                async with self._resting("asleep"):
+                    await self._put_to_sleep(self._turns)
                 return True
         await self._unless_died(self._drain("draining", self._settings.drain_timeout_s))
         return False
@@ -117,7 +119,8 @@ class Agent:
     @contextlib.asynccontextmanager
     async def _listing_adapters(self) -> AsyncIterator[None]:
         """While it sleeps its tuned models can be asked for too: that wakes it."""
-        self.heart.serves(self._models, [])
+        if not self.heart.beat.models:
+            self.heart.serves(self._models, [])
 
         async def look() -> None:
             registry = read_registry(await self._redis.hgetall(ADAPTERS))

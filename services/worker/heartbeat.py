@@ -6,6 +6,7 @@ nothing can be stored.
 
 import asyncio
 import time
+from pathlib import Path
 
 import msgspec
 from loguru import logger
@@ -35,6 +36,8 @@ class Heart:
         )
         self.reading = 0
         """Clients for whom the engine must stay, though it has nothing to do for them."""
+        self.alive_file: Path | None = None
+        self.on_demand = False
         self._steps = -1.0
         self._stepped_at = self._heard_at = time.monotonic()
         self._numbers_at = 0.0
@@ -115,6 +118,9 @@ class Heart:
 
     async def tell(self, state: State, *, news_only: bool = False) -> None:
         """One heartbeat; with `news_only` an idle worker is silent until it has news, for at most TOLD_ANYWAY_S."""
+        well = state == "ready" or (state in ("asleep", "waking") and (self.on_demand or self.beat.held))
+        if self.alive_file is not None and well:
+            self.alive_file.touch()
         if state != self.beat.state:
             logger.info("worker state", worker=self.beat.id, was=self.beat.state, now=state)
             self.beat.state = state

@@ -18,6 +18,8 @@ def check(settings: WorkerSettings) -> None:
     except gpus.GpusAway as error:
         raise CannotSay(f"The NVIDIA driver does not answer: {error}") from error
     fit.check_driver(found)
+    if settings.extra_args:
+        return  # they may make it fit: other KV types, weights on the host
     how = Serving(
         settings.tensor_parallel_size, settings.gpu_memory_utilization, settings.max_model_len, settings.max_num_seqs,
         settings.max_loras if settings.adapters_dir is not None else 0,

@@ -85,4 +85,4 @@ class Turns:
             settings.worker_name, "turn" if settings.on_demand else "always", wants, stage, heart.busy, heart.idle_s,
             settings.awake_at_once,
         )
-        return places.heard(await self._redis.eval(*places.call(settings.place, said)))
+        return places.heard(await self._redis.eval(*places.call(settings.shared_place, said)))

@@ -93,7 +93,7 @@ def adapters(settings: WorkerSettings) -> list[str]:
 
 def sleeps(settings: WorkerSettings) -> bool:
     """Whether its engine can give a GPU free without ending (vLLM's sleep mode)."""
-    return settings.accelerator == "cuda" and bool(settings.place)
+    return settings.accelerator == "cuda" and bool(settings.shared_place)
 
 
 def serves_adapters(settings: WorkerSettings) -> bool:
