@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from sqlalchemy import select, update
 
 from common import errors
@@ -25,6 +25,7 @@ from common.tasks import end_tasks
 from common.tuning import FINISHED, End, Report, event
 from services.jobs import batch_run, batches, checks, leases, tables, trainers
 from services.jobs.batch import UNFINISHED
+from services.jobs.batch_run import MAX_ATTEMPTS
 from services.jobs.checks import Checks
 from services.jobs.front_door import Answer
 from services.jobs.leases import LEASE_S
@@ -101,6 +102,7 @@ class BatchLife(Life):
 
     def __init__(self) -> None:
         super().__init__()
+        self.kills = 0
         for module, name in ((batch_run, "RETRY_S"), (batch_run, "WRITE_EVERY_S"), (batch_run, "POLL_S"), (batches, "AGAIN_S")):
             self.patch.setattr(module, name, 0.002)
         self.redis, self.recorder = redis_of(self.floor), redis_of(self.floor, "worker")
@@ -172,9 +174,11 @@ class BatchLife(Life):
         self.wait()
         self.service.database.full = 0  # type: ignore[attr-defined]
 
+    @precondition(lambda self: self.kills < MAX_ATTEMPTS - 1)  # a batch whose service dies more often is given up
     @rule(fuse=st.integers(0, 8), after=st.booleans())
     def kill(self, fuse: int, after: bool) -> None:
         """-9, at the transaction after so many; then somebody starts it again."""
+        self.kills += 1
         dying = self.services.pop(0)
         dying.database.fuse, dying.database.after = fuse, after  # type: ignore[attr-defined]
         for _ in range(10):

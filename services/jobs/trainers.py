@@ -27,13 +27,13 @@ class Trainers:
 
     async def lease(self, model: str) -> Leased | None:
         """A job whose trainer is gone, else the next one of the queue, else None."""
-        self._trained[model] = time.monotonic()
+        self._trained[model] = time.time()
         return await self._database.run(lambda c: self._lease(c, model))
 
     @property
     def trained(self) -> set[str]:
         """The models that trainers train now, as far as they have said; empty: none has asked lately."""
-        return {model for model, asked_at in self._trained.items() if time.monotonic() - asked_at < TRAINED_S}
+        return {model for model, asked_at in self._trained.items() if time.time() - asked_at < TRAINED_S}
 
     def _lease(self, c: Connection, model: str) -> Leased | None:
         jobs, now = tables.jobs.c, time.time()
