@@ -409,7 +409,7 @@ def alive(pids: dict[int, str]) -> list[str]:
     ({"MODEL": "/no/such/folder"}, "no checkpoint"),
     ({"MODEL": "nonsense"}, "neither a checkpoint folder nor a hub name"),
     ({"WORKERS": "0"}, "between 1 and 16"),
-    ({"WORKERS": "two"}, "whole numbers"),
+    ({"WORKERS": "two"}, "whole number"),
     ({"WORKERS": "16", "KV_CACHE_GIB": "400"}, "GB of free memory"),
     ({"PORT": "99999"}, "not a port"),
 ])

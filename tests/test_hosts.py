@@ -320,7 +320,7 @@ class TestFetch:
     def fetch(self, hub: str, folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         # No proxy in between: one keeps what was cut off to itself.
         settings = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-        settings |= {"HF_ENDPOINT": hub, "HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", **env}
+        settings |= {"HF_ENDPOINT": hub, "HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", **env}
         return subprocess.run([sys.executable, "-m", "services.worker.fetch", *words], cwd=ROOT, env=settings, capture_output=True, text=True,
                               check=False, timeout=120)
 
