@@ -190,13 +190,13 @@ class TestCompose:
             assert service["networks"] == {"backend": {"aliases": ["worker"]}}
             assert any(volume["target"] == "/cache" for volume in service["volumes"])
             assert any("exec" in mount for mount in service["tmpfs"])
-        assert services["fetch"]["environment"]["MODELS"] == "/models/smollm2-135m-instruct org/model@abc"
+        assert compose.wanted(made / "models.yaml", made / "models").splitlines()[1:] == ["/models/smollm2-135m-instruct", "org/model@abc"]
         assert services["trainer"]["environment"]["SERVED_MODEL_NAME"] == "chat"
         assert services["trainer"]["environment"]["PLACE"] == "gpu-0"
 
     def test_both_launchers_tell_a_worker_the_same(self, made: Path) -> None:
         found = catalog.read(made / "models.yaml")
-        by_compose = compose.document(found, "d", 0, made / "models")["services"]
+        by_compose = compose.document(found, 0, made / "models")["services"]
         dials = Dials(Path("/s"), found, models_file=made / "models.yaml")
         for wanted in workers.wanted(dials):
             env = {name: value.replace(str(dials.models), "/models") for name, value in wanted.env.items()}
@@ -205,17 +205,27 @@ class TestCompose:
     def test_a_changed_entry_is_a_service_of_another_name(self, made: Path) -> None:
         def names(text: str) -> set[str]:
             (made / "models.yaml").write_text(text)
-            return {n for n in compose.document(catalog.read(made / "models.yaml"), "d", 0, made / "models")["services"] if "-" in n}
+            return {n for n in compose.document(catalog.read(made / "models.yaml"), 0, made / "models")["services"] if "-" in n}
 
         before, after = names(self.MODELS), names(self.MODELS.replace("adapters: false", "adapters: false, max_tokens: 99"))
         assert {n.rpartition("-")[0] for n in before ^ after} == {"worker-second-1"}
         assert len(before & after) == 3
 
+        def rest(text: str) -> dict:
+            (made / "models.yaml").write_text(text)
+            found = compose.document(catalog.read(made / "models.yaml"), 0, made / "models")["services"]
+            return {name: service for name, service in found.items() if not name.startswith("worker-second")}
+
+        assert rest(self.MODELS) == rest(self.MODELS.replace("adapters: false", "adapters: false, max_tokens: 99")), "nobody else is touched"
+
     def test_another_models_yaml_than_the_one_applied_stops_the_start(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         file = tmp_path / "models.yaml"
         file.write_text("models: [{name: a}]\n")
         monkeypatch.setattr(fetch, "MODELS_FILE", file)
-        monkeypatch.setenv("MODELS_DIGEST", hashlib.sha256(file.read_bytes()).hexdigest()[:12])
+        monkeypatch.setattr(fetch, "WANTED", tmp_path / "models.wanted")
+        fetch.check_drift()
+        (tmp_path / "models.wanted").write_text(compose.wanted(file, tmp_path))
+        assert fetch.told() == ["/models/smollm2-135m-instruct"]
         fetch.check_drift()
         file.write_text("models: [{name: b}]\n")
         with pytest.raises(fetch.Refused, match="make apply"):

@@ -19,6 +19,7 @@ from services.local.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "models.compose.yaml"
+WANTED = ROOT / "models.wanted"
 IN_IMAGE = Path("/models")
 OWN = Path("/models/own")
 HEAD = "# Made from models.yaml by `make apply`; change that file, not this one. COMPOSE_FILE in .env names it.\n"
@@ -35,8 +36,8 @@ class Dumper(yaml.SafeDumper):
 Dumper.add_representer(Override, lambda dumper, data: dumper.represent_mapping("!override", data))
 
 
-def document(found: Catalog, digest: str, gpus: int, own: Path, file: str = "./models.yaml") -> dict[str, Any]:
-    """The file. `digest`: of models.yaml; `own`: MODELS_DIR, which containers see as /models/own.
+def document(found: Catalog, gpus: int, own: Path, file: str = "./models.yaml") -> dict[str, Any]:
+    """The file. `own`: MODELS_DIR, which containers see as /models/own.
 
     Raises UserError for a folder that containers cannot see, and when there are too few GPUs.
     """
@@ -49,14 +50,8 @@ def document(found: Catalog, digest: str, gpus: int, own: Path, file: str = "./m
             env.pop("CUDA_VISIBLE_DEVICES", None)  # the container has no others
             mark = sha256(repr(sorted(env.items())).encode() + repr(place).encode()).hexdigest()[:4]
             services[f"worker-{entry.slug}-{number}-{mark}"] = _service(env, place)
-    models = [
-        _in_container(entry, own).model(IN_IMAGE) + (f"@{entry.revision}" if entry.revision else "")
-        for entry in found.models if entry.engine == "vllm"
-    ]  # fmt: skip
-    services["fetch"] = {
-        "environment": {"MODELS": " ".join(dict.fromkeys(models)), "MODELS_DIGEST": digest},
-        "volumes": [f"{file}:/models.yaml:ro"],
-    }
+    # What it is to bring stands in a file: in its configuration, a change would start all that wait for it anew.
+    services["fetch"] = {"volumes": [f"{file}:/models.yaml:ro", f"./{WANTED.name}:/models.wanted:ro"]}
     trained = next((e for e in found.models if e.task == "chat" and e.adapters and e.engine == "vllm"), None)
     services["trainer"] = (
         {"profiles": ["without-models-yaml"]} if trained is None
@@ -99,10 +94,18 @@ def _in_container(entry: Entry, own: Path) -> Entry:
     return entry.replaced(source=str(OWN / folder.relative_to(own)))
 
 
+def wanted(path: Path, own: Path) -> str:
+    """What `fetch` is to bring, a model a line, after the digest of the models.yaml that says so. Raises UserError."""
+    models = [
+        _in_container(entry, own).model(IN_IMAGE) + (f"@{entry.revision}" if entry.revision else "")
+        for entry in catalog.read(path).models if entry.engine == "vllm"
+    ]  # fmt: skip
+    return "\n".join([sha256(path.read_bytes()).hexdigest()[:12], *dict.fromkeys(models)]) + "\n"
+
+
 def text(path: Path, gpus: int, own: Path) -> str:
     """The file as text. Raises UserError."""
-    digest = sha256(path.read_bytes()).hexdigest()[:12]
-    made = document(catalog.read(path), digest, gpus, own, str(path.resolve()))
+    made = document(catalog.read(path), gpus, own, str(path.resolve()))
     return HEAD + yaml.dump(made, Dumper=Dumper, sort_keys=False, width=120)
 
 
@@ -134,10 +137,10 @@ def main() -> None:
             raise UserError(f"There is no {path}; begin with: cp examples/models.yaml models.yaml")
         gpus = int(os.environ.get("GPUS") or 0) if dial("ACCELERATOR", "cpu") == "cuda" else 0
         own = (ROOT / dial("MODELS_DIR", "./models")).resolve()
-        made = text(path, gpus, own)
-        partial = FILE.with_suffix(".partial")
-        partial.write_text(made)
-        partial.replace(FILE)
+        for file, made in ((WANTED, wanted(path, own)), (FILE, text(path, gpus, own))):
+            partial = file.with_suffix(".partial")
+            partial.write_text(made)
+            partial.replace(file)
         name_it(ROOT / ".env")
     except UserError as error:
         sys.exit(f"owngpt: {error}")

@@ -20,6 +20,8 @@ NOT_THESE = ["consolidated*", "params.json", "tekken.json", "tokenizer.model.v*"
 SPARE_BYTES = 1_000_000_000
 MODELS_FILE = Path("/models.yaml")
 """Where a container of compose sees the file."""
+WANTED = Path("/models.wanted")
+"""And what `make apply-compose` made of it: its digest, then a model a line."""
 
 
 class Refused(Exception):
@@ -85,22 +87,25 @@ def check_disk(model: str, files: list[Any], cache: Path) -> None:
 
 def check_drift() -> None:
     """Raise Refused when compose was told of another models.yaml than the one there is."""
-    digest = os.environ.get("MODELS_DIGEST")
-    if digest and MODELS_FILE.is_file() and sha256(MODELS_FILE.read_bytes()).hexdigest()[:12] != digest:
+    if not WANTED.is_file():
+        return
+    if sha256(MODELS_FILE.read_bytes()).hexdigest()[:12] != WANTED.read_text().splitlines()[0]:
         raise Refused("models.yaml was changed since `make apply`; run it again.")
 
 
 def told() -> list[str]:
-    """The models in the environment."""
+    """The models that compose's file names, else that of the environment."""
+    if WANTED.is_file():
+        return WANTED.read_text().splitlines()[1:]
     one, revision = os.environ.get("MODEL", ""), os.environ.get("MODEL_REVISION", "")
-    return os.environ.get("MODELS", "").split() or ([f"{one}@{revision}" if revision else one] if one else [])
+    return [f"{one}@{revision}" if revision else one] if one else []
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m services.worker.fetch", description="Bring models from the hub.")
     parser.add_argument("models", nargs="*", help="a folder (nothing to do), or a hub name like org/model@revision; "
-                        "without any: those of MODELS, or MODEL and MODEL_REVISION, in the environment")
+                        "without any: what models.yaml says, or MODEL and MODEL_REVISION in the environment")
     try:
         check_drift()
         for said in parser.parse_args().models or told():
