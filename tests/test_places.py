@@ -188,6 +188,24 @@ class TestTraining:
             assert time.monotonic() - began > 0.2
         assert "TRAIN_WHEN=idle" in said[0]
 
+    def test_two_trainers_of_one_place_train_one_after_the_other(self, place: Place, trainer: TrainersPlace) -> None:
+        other = TrainersPlace(place.redis, trainer._settings)
+        asked = 0
+
+        def still() -> None:
+            nonlocal asked
+            asked += 1
+            if asked == 5:
+                raise InterruptedError
+
+        with trainer.taken(lambda: None, lambda _: None):
+            with pytest.raises(InterruptedError), other.taken(still, lambda _: None):
+                pytest.fail("both have it")
+            assert not place.say("engine", kind="always").holds, "who gave up the waiting gave nothing free"
+            place.say("engine", kind="always", wants=False)
+        with other.taken(lambda: None, lambda _: None):
+            assert asked == 5
+
     def test_without_a_place_nobody_is_asked(self, place: Place) -> None:
         alone = TrainersPlace(None, SimpleNamespace(shared_place="", train_when="idle"))  # type: ignore[arg-type]
         with alone.taken(lambda: None, print):

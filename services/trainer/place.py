@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ class Place:
 
     def __init__(self, redis: Redis, settings: TrainerSettings) -> None:
         self._redis, self._settings = redis, settings
+        self._member = f"trainer-{secrets.token_hex(4)}"  # another trainer is another member
 
     @contextlib.contextmanager
     def taken(self, still: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
@@ -108,4 +110,4 @@ class Place:
         return places.heard(reply).holds
 
     def _saying(self, stage: Stage, *, wants: bool) -> Saying:
-        return Saying("trainer", "all", wants, stage, busy=stage == "awake")
+        return Saying(self._member, "all", wants, stage, busy=stage == "awake")
