@@ -1,6 +1,6 @@
 """Engines that share a place, a GPU or the CPU, and take turns there; a training that needs the whole place for itself.
 
-Every member says several times a minute how it is, and hears whether it may be awake or is asked to sleep (the script
+Every member says once a second how it is, and hears whether it may be awake or is asked to sleep (the script
 TURN decides, in one step). A member that falls silent is forgotten: its engine died with it.
 """
 

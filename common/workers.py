@@ -19,7 +19,8 @@ from common.redis.names import HEARTBEAT_TTL_MS
 State = Literal["ready", "stalled", "draining", "asleep", "waking", "gone"]
 BEST_FIRST: tuple[State, ...] = ("ready", "stalled", "waking", "asleep", "draining")
 SERVES = frozenset({"ready", "stalled"})
-TAKES_NOTHING = frozenset({"draining", "asleep", "waking"})
+SLEEPING = frozenset({"asleep", "waking"})
+TAKES_NOTHING = SLEEPING | {"draining"}
 
 FORGET_S = 300.0
 SUSPECT_S = 2.0
@@ -89,6 +90,11 @@ class Worker:
     def revision(self, name: str) -> str:
         """The revision of one of its models; empty for none."""
         return next((model.revision for model in self.beat.models if model.id == name), "")
+
+    @property
+    def bases(self) -> list[str]:
+        """Its models that are no adapters."""
+        return [model.id for model in self.beat.models if model.parent is None]
 
     @property
     def load(self) -> int:
@@ -229,7 +235,7 @@ class WorkerTable:
 
     def sleeping(self, model: str) -> list[Worker]:
         """Workers that serve a model once they are awake."""
-        return [w for w in self.workers.values() if w.beat.state in ("asleep", "waking") and model in w.names]
+        return [w for w in self.workers.values() if w.beat.state in SLEEPING and model in w.names]
 
     def state_of(self, model: str) -> State:
         """The best state of a worker that serves a model: what a request for it meets."""

@@ -50,6 +50,8 @@ def main() -> None:
         else:
             Server(config, args.socket).run(sockets=sockets)
     finally:
+        if args.socket:
+            waiting(args.socket).unlink(missing_ok=True)  # it never took over
         if counters is not None:
             shutil.rmtree(counters, ignore_errors=True)
 

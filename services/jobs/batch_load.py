@@ -8,11 +8,11 @@ from redis.asyncio import Redis
 
 from common.records import ANSWER_CACHE, Record
 from common.redis.names import USAGE
-from common.workers import WorkerTable
+from common.workers import SLEEPING, WorkerTable
 from services.jobs.batch_limit import REMEMBERED, BatchLimit
 
 LOOK_EVERY_S = 0.1
-OPEN = frozenset({"ready", "asleep", "waking"})
+OPEN = SLEEPING | {"ready"}
 """States of a worker that takes requests, now or once it is woken."""
 
 

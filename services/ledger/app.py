@@ -19,7 +19,7 @@ from common.redis.connect import blocking, connect
 from common.redis.names import CHANNEL_KEYS, CHANNEL_WORKERS, wake_key
 from common.serving import Owner, exposition, make_api
 from common.tasks import end_tasks, failures_counter, start_all
-from common.workers import WorkerTable
+from common.workers import SLEEPING, WorkerTable
 from services.ledger.costs import Costs
 from services.ledger.legacy import move_in
 from services.ledger.live import LastHour, LastMinute, Speeds, describe
@@ -100,12 +100,12 @@ class Ledger:
         """Silent workers, speeds, who waits for sleeping ones; call it every second. Raises RedisError."""
         self.table.tend(connected=self._feed.connected)
         self.speeds.take(self.table.workers.values())
-        self._wished = {
-            worker.beat.id: sum(map(int, await self._redis.hvals(wake_key(worker.beat.models[0].id))))
-            for worker in self.table.workers.values() if worker.beat.state in ("asleep", "waking")
-        }
         total = self.total()
         self.last_hour.take(total["tokens_per_s"], int(total["in_flight"]), int(total["waiting"]))
+        self._wished = {
+            worker.beat.id: sum([int(n) for base in worker.bases for n in await self._redis.hvals(wake_key(base))])
+            for worker in list(self.table.workers.values()) if worker.beat.state in SLEEPING
+        }
 
     async def _count_money(self) -> None:
         """Call it every COST_EVERY_S; what it misses is counted at the next tick. Raises DatabaseAway."""

@@ -126,7 +126,8 @@ def name_it(env: Path) -> None:
         return
     if re.search(r"^COMPOSE_FILE=", said, re.M):
         raise UserError(f"{env} sets COMPOSE_FILE; add :{FILE.name} to it.")
-    env.write_text(said + ("" if said.endswith("\n") or not said else "\n") + line)
+    with open(env, "a") as file:  # never written anew: it is its owner's
+        file.write(("" if said.endswith("\n") or not said else "\n") + line)
 
 
 def main() -> None:

@@ -67,8 +67,9 @@ class Told(msgspec.Struct):
 
 
 def dial_names() -> list[str]:
-    """Every dial there is."""
-    return re.findall(r"^#?([A-Z][A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.M) + list(ONLY_HERE)
+    """Every dial there is, but for tokens: those are written nowhere."""
+    offered = re.findall(r"^#?([A-Z][A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.M)
+    return [name for name in (*offered, *ONLY_HERE) if not name.endswith("TOKEN")]
 
 
 def remember(dials: Dials, ports: Ports) -> None:

@@ -5,6 +5,7 @@ nothing can be stored.
 """
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 
@@ -120,7 +121,8 @@ class Heart:
         """One heartbeat; with `news_only` an idle worker is silent until it has news, for at most TOLD_ANYWAY_S."""
         well = state == "ready" or (state in ("asleep", "waking") and (self.on_demand or self.beat.held))
         if self.alive_file is not None and well:
-            self.alive_file.touch()
+            with contextlib.suppress(OSError):  # a full disk makes a check fail, and ends nothing
+                self.alive_file.touch()
         if state != self.beat.state:
             logger.info("worker state", worker=self.beat.id, was=self.beat.state, now=state)
             self.beat.state = state
