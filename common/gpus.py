@@ -1,5 +1,6 @@
 """The GPUs of this machine, as the NVIDIA driver tells of them (NVML)."""
 
+import os
 from typing import NamedTuple
 
 import pynvml
@@ -28,6 +29,15 @@ class Gpus(NamedTuple):
         """580 of 580.95; 0 when it says nothing that is a number."""
         first = self.driver.partition(".")[0]
         return int(first) if first.isdigit() else 0
+
+
+def visible(count: int = 1) -> tuple[int, ...]:
+    """The numbers of the GPUs that this process may use: CUDA_VISIBLE_DEVICES, else the first `count`.
+
+    Where that names GPUs otherwise (by UUID), the first as well: their numbers are not known.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return tuple(map(int, named)) if all(name.strip().isdigit() for name in named) else tuple(range(count))
 
 
 def look() -> Gpus:

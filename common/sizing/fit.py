@@ -4,7 +4,7 @@ from common import checkpoint
 from common.gpus import Gpus
 from common.sizing import cards, memory, shape
 from common.sizing.cards import MIN_DRIVER, CannotSay
-from common.sizing.memory import Memory, Serving, gib
+from common.sizing.memory import Serving, gib
 
 
 def check_driver(found: Gpus) -> None:
@@ -28,12 +28,13 @@ def check_free(found: Gpus, gpus: tuple[int, ...], share: float) -> None:
             )
 
 
-def check_model(found: Gpus, gpus: tuple[int, ...], model: str, revision: str, how: Serving) -> Memory | None:
-    """How the model fits; None when its arithmetic or the card is not known. Raises CannotSay with what is missing."""
+def check_model(found: Gpus, gpus: tuple[int, ...], model: str, revision: str, how: Serving) -> None:
+    """Raise CannotSay with what is missing for a model that does not fit. What is not known passes: model, card."""
     try:
         said = checkpoint.config(model, revision)
         known = shape.of_config(said, model) if said else shape.read(model)
-        card = cards.of_memory(cards.find(found.gpus[gpus[0]].name), found.gpus[gpus[0]].memory_bytes)
-    except CannotSay:
-        return None
-    return memory.serve(known, card, how)
+        gpu = found.gpus[gpus[0]]
+        card = cards.of_memory(cards.find(gpu.name), gpu.memory_bytes)
+    except (CannotSay, IndexError):  # a GPU that is not there is said by check_free
+        return
+    memory.serve(known, card, how)

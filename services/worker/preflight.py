@@ -1,7 +1,5 @@
 """Before an engine starts on a GPU: what it would say after minutes, in a traceback, in words at once."""
 
-import os
-
 from common import gpus
 from common.sizing import fit
 from common.sizing.cards import CannotSay
@@ -24,20 +22,13 @@ def check(settings: WorkerSettings) -> None:
         settings.tensor_parallel_size, settings.gpu_memory_utilization, settings.max_model_len, settings.max_num_seqs,
         settings.max_loras if settings.adapters_dir is not None else 0,
     )
-    fit.check_model(found, visible(settings), settings.model, settings.model_revision, how)
+    fit.check_model(found, gpus.visible(settings.tensor_parallel_size), settings.model, settings.model_revision, how)
 
 
 def check_free(settings: WorkerSettings) -> None:
     """Raise CannotSay when others have the memory that the engine is to take; asked just before it starts."""
     if settings.accelerator == "cuda" and settings.engine == "vllm":
         try:
-            fit.check_free(gpus.look(), visible(settings), settings.gpu_memory_utilization)
+            fit.check_free(gpus.look(), gpus.visible(settings.tensor_parallel_size), settings.gpu_memory_utilization)
         except gpus.GpusAway as error:
             raise CannotSay(f"The NVIDIA driver does not answer: {error}") from error
-
-
-def visible(settings: WorkerSettings) -> tuple[int, ...]:
-    """The numbers of the GPUs that the engine will see."""
-    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return tuple(int(number) for number in chosen.split(",") if number.isdigit())
-    return tuple(range(settings.tensor_parallel_size))

@@ -119,10 +119,9 @@ def sequences(settings: WorkerSettings) -> int:
 
 def gpu_name() -> str:
     """The name of the first GPU, as the driver says it; empty when no driver answers."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     try:
-        return gpus.look().gpus[int(first)].name
-    except (gpus.GpusAway, ValueError, IndexError):
+        return gpus.look().gpus[gpus.visible()[0]].name
+    except (gpus.GpusAway, IndexError):
         return ""
 
 
