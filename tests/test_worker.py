@@ -20,8 +20,9 @@ from common import places
 from common.adapters import Adapter
 from common.places import Saying
 from common.redis.names import ADAPTERS, CHANNEL_WORKERS, WORKERS, worker_key
+from common.sizing.cards import CannotSay
 from common.workers import Model
-from services.worker import turns
+from services.worker import agent, preflight, turns
 from services.worker.agent import Agent
 from services.worker.engines.attached import Attached
 from services.worker.engines.base import EngineSilent, Load, Numbers
@@ -427,6 +428,36 @@ class TestTurns:
                 floor.redis().delete("wake:base")
 
         asyncio.run(live())
+
+    def test_memory_that_others_have_is_waited_for_and_not_for_ever(self, floor: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = 0
+
+        def check_free(_: object) -> None:
+            nonlocal asked
+            asked += 1
+            if asked < 4 or late:
+                raise CannotSay("another has it")
+
+        monkeypatch.setattr(preflight, "check_free", check_free)
+        late = False
+
+        async def live() -> None:
+            async with living(floor, FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}"), **self.SHARED, served_model_name="base") as life:
+                self.wish(floor, "base")
+                if late:
+                    await life.until(life.task.done, "given up")
+                    assert (life.task.result(), life.agent._process._child) == (1, None)
+                else:
+                    await life.until(lambda: life.said().get("state") == "ready", "awake")
+                    assert asked == 4
+                floor.redis().delete("wake:base")
+
+        asyncio.run(live())
+        late = True
+        monkeypatch.setattr(agent, "ROOM_S", 0.5)
+        before = asked
+        asyncio.run(live())
+        assert asked - before >= 3
 
     def test_an_engine_that_can_sleep_keeps_its_process(self, floor: Stack) -> None:
         async def live() -> None:

@@ -33,6 +33,8 @@ ASK_EVERY_S = 0.1
 LATE_DECISIONS_S = 0.3
 """Decisions that were made before gateways heard of the draining arrive within this."""
 LIST_EVERY_S = 1.0
+ROOM_S = 10.0
+"""Longer than whoever starts a worker anew takes for a start that failed, after a few of which it gives up."""
 
 
 class EngineDied(Exception):
@@ -145,10 +147,7 @@ class Agent:
             except EngineSilent as error:
                 raise EngineDied(f"does not wake: {error}") from error
         else:
-            try:
-                preflight.check_free(self._settings)
-            except CannotSay as error:
-                raise EngineDied(str(error)) from error
+            await self._find_room()
             pid = await self._process.start()
             logger.info(
                 "engine starting", worker=worker_id, pid=pid, engine=self._engine.name, model=self._settings.model
@@ -157,6 +156,17 @@ class Agent:
         await self._unless_died(self._come_up())
         if self._turns is not None:
             self.heart.beat.wake_s = round(time.monotonic() - began, 1)
+
+    async def _find_room(self) -> None:
+        """Until its memory is free, or for ROOM_S: what another gives free takes a moment. Raises EngineDied."""
+        deadline = time.monotonic() + (0.0 if self._turns is None else ROOM_S)
+        while True:
+            try:
+                return preflight.check_free(self._settings)
+            except CannotSay as error:
+                if time.monotonic() >= deadline:
+                    raise EngineDied(str(error)) from error
+            await asyncio.sleep(ASK_EVERY_S)
 
     async def _put_to_sleep(self, turns: Turns) -> None:
         """Its memory is free when this is over."""
