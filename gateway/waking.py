@@ -31,6 +31,7 @@ class Waking:
         self._name = secrets.token_hex(4)
         self._waiting: dict[str, int] = {}
         self._wishing: dict[str, asyncio.Task[None]] = {}
+        self._looking: dict[str, asyncio.Task[None]] = {}
         self._until: dict[str, float] = {}
         """How long a model is wished for though nobody waits: they were told to come back."""
 
@@ -60,28 +61,33 @@ class Waking:
 
     async def close(self) -> None:
         """Wish no more."""
-        await end_tasks(self._wishing.values())
+        await end_tasks([*self._wishing.values(), *self._looking.values()])
 
     async def _until_awake(self, model: str, base: str, expected_s: float) -> None:
-        deadline = time.monotonic() + self._patience_s
         self._waiting[base] = self._waiting.get(base, 0) + 1
+        self._wish(base)
+        if (look := self._looking.get(model)) is None or look.done():
+            look = self._looking[model] = asyncio.create_task(self._look(model, base))
         try:
-            while not self._table.serving(model).workers:
-                if time.monotonic() > deadline:
-                    raise errors.Unavailable(
-                        f"The model {model!r} did not wake within {self._patience_s:.0f} s (WAKE_PATIENCE_S).",
-                        code="model_waking", retry_after_s=self._retry_after_s(expected_s),
-                    )
-                self._wish(base)
-                await asyncio.sleep(LOOK_EVERY_S)
+            async with asyncio.timeout(self._patience_s):
+                await asyncio.shield(look)
+        except TimeoutError:
+            raise errors.Unavailable(
+                f"The model {model!r} did not wake within {self._patience_s:.0f} s (WAKE_PATIENCE_S).",
+                code="model_waking", retry_after_s=self._retry_after_s(expected_s),
+            ) from None
         finally:
             self._waiting[base] -= 1
 
+    async def _look(self, model: str, base: str) -> None:
+        """Until a worker serves the model: once for all who wait for it, or until none does."""
+        while not self._table.serving(model).workers and self._waiting.get(base):  # noqa: ASYNC110 - the table tells nobody
+            await asyncio.sleep(LOOK_EVERY_S)
+
     def _wish(self, base: str) -> None:
         """Say that it is waited for, as long as it is."""
-        if base not in self._wishing:
-            task = self._wishing[base] = asyncio.create_task(self._keep_wishing(base))
-            task.add_done_callback(lambda _: self._wishing.pop(base, None))
+        if (wishing := self._wishing.get(base)) is None or wishing.done():
+            self._wishing[base] = asyncio.create_task(self._keep_wishing(base))
 
     async def _keep_wishing(self, base: str) -> None:
         key, away = wake_key(base), False
