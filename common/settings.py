@@ -6,7 +6,7 @@ A secret comes from a file named by its `_FILE` variable; a missing or short one
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -57,6 +57,18 @@ class StateSettings(BaseSettings):
     def redis_password(self) -> str:
         """The password in `redis_password_file`."""
         return read_secret(self.redis_password_file)
+
+
+class PlaceSettings(StateSettings):
+    """Where engines and trainings take turns (`common/places.py`): the part that workers and the trainer share."""
+
+    train_alone: Literal["on", "off"] = Field("off", description="on: engines on a CPU sleep while a training runs")
+    place: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="a GPU or CPU shared with others; empty: its own")
+
+    @property
+    def shared_place(self) -> str:
+        """Whose turns it takes; empty: it shares nothing."""
+        return self.place or ("cpu" if self.train_alone == "on" else "")
 
 
 Kind = TypeVar("Kind", bound=BaseSettings)

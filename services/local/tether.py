@@ -9,17 +9,18 @@ gains nothing by set-user-ID files, unless it is --privileged: nginx, whose work
 
 import ctypes
 import os
-import signal
 import sys
 
-PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
+from common.tie import tie_to_parent
+
+PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
 MOST_CAPABILITIES = 64
 
 
 def tether() -> None:
     """Tie this process to its parent."""
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    tie_to_parent()
     if os.getppid() != parent:  # it died before the call
         sys.exit(1)
 

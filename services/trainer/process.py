@@ -1,7 +1,6 @@
 """The process of one run, seen from the trainer: started, listened to, paused, stopped, killed."""
 
 import contextlib
-import ctypes
 import json
 import os
 import queue
@@ -11,10 +10,10 @@ import sys
 import threading
 from typing import Any
 
+from common.tie import tie_to_parent
 from services.trainer.plan import Folder
 
 STOP_PATIENCE_S = 8.0
-PR_SET_PDEATHSIG = 1
 
 
 class Run:
@@ -35,7 +34,7 @@ class Run:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=_killed_with_parent,
                 env=os.environ | {"OMP_NUM_THREADS": str(threads())} | one_gpu(),
             )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -116,6 +115,6 @@ def one_gpu() -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": visible[0]}
 
 
-def _die_with_parent() -> None:
+def _killed_with_parent() -> None:
     """In the child, before exec: killed when the trainer is gone, so that it holds no GPU that others believe free."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    tie_to_parent(signal.SIGKILL)

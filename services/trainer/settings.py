@@ -2,14 +2,13 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
-from common.settings import StateSettings, read_secret, served_name
+from common.settings import PlaceSettings, read_secret, served_name
 
 
-class TrainerSettings(StateSettings):
+class TrainerSettings(PlaceSettings):
     """Names are the environment variables in lower case."""
 
     redis_user: str = "trainer"
@@ -23,8 +22,6 @@ class TrainerSettings(StateSettings):
     adapters_dir: Path = Field(description="published adapters; workers read it")
     train_max_tokens: int = Field(1024, ge=32, description="longer rows are cut")
     train_four_bit: bool = Field(False, description="load the base in 4 bits (GPU only)")
-    train_alone: Literal["on", "off"] = Field("off", description="on: engines on a CPU sleep while a training runs")
-    place: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="the GPU that engines give free meanwhile")
     train_when: str = Field(
         "idle", pattern=r"^(idle|now|([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d)$",
         description="with PLACE: when nobody was served for a minute, at once, or between two times of day (UTC)",
@@ -41,11 +38,6 @@ class TrainerSettings(StateSettings):
     def trainer_token(self) -> str:
         """By which the jobs service knows the trainer."""
         return read_secret(self.trainer_token_file)
-
-    @property
-    def shared_place(self) -> str:
-        """Whose turns it takes; empty: it shares nothing."""
-        return self.place or ("cpu" if self.train_alone == "on" else "")
 
     @property
     def served_name(self) -> str:

@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 
-PR_SET_PDEATHSIG = 1
+from common.tie import tie_to_parent
+
 PATIENCE_S = ((signal.SIGTERM, 8.0), (signal.SIGKILL, 5.0))
 
 
@@ -29,7 +29,7 @@ class Process:
         # No session of its own: that would be a scheduling group (autogroup), and an engine that starts beside a busy
         # one then gets a hundredth of a core for minutes (docs/log.md).
         self._child = await asyncio.create_subprocess_exec(
-            *self._command, env=self._environment, process_group=0, preexec_fn=_die_with_parent
+            *self._command, env=self._environment, process_group=0, preexec_fn=tie_to_parent
         )
         return self._child.pid
 
@@ -54,8 +54,3 @@ class Process:
         with contextlib.suppress(ProcessLookupError):  # its own children, should any be left
             os.killpg(child.pid, signal.SIGKILL)
         self._child = None
-
-
-def _die_with_parent() -> None:
-    """In the child, before exec: get SIGTERM when the agent is gone, however it went."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

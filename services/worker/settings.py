@@ -8,10 +8,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.settings import CACHE_URL, StateSettings, read_secret, served_name
+from common.settings import CACHE_URL, PlaceSettings, read_secret, served_name
 
 
-class WorkerSettings(StateSettings):
+class WorkerSettings(PlaceSettings):
     """The agent's and the middleware's settings; names are the environment variables in lower case."""
 
     redis_user: str = "worker"
@@ -43,8 +43,6 @@ class WorkerSettings(StateSettings):
     cpu_threads_bind: str = Field("", description="CPU only: VLLM_CPU_OMP_THREADS_BIND; default: by core count")
     otlp_traces_endpoint: str = Field("", description="where traces go (OTLP over HTTP); empty: nobody traces")
     engine_args: str = Field("", description="further vLLM flags, as on a command line")
-    train_alone: Literal["on", "off"] = Field("off", description="on: engines on a CPU sleep while a training runs")
-    place: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="a GPU or CPU shared with others; empty: its own")
     on_demand: bool = Field(False, description="start the engine when requests wait for it, and take turns")
     awake_at_once: int = Field(1, ge=1, description="on_demand workers of one place that are awake at once")
     alive_file: Path | None = Field(None, description="touched while all is well: what a health check looks at")
@@ -86,11 +84,6 @@ class WorkerSettings(StateSettings):
         if self.engine == "vllm" and not self.model:
             raise ValueError("ENGINE=vllm needs MODEL")
         return self
-
-    @property
-    def shared_place(self) -> str:
-        """Whose turns it takes; empty: it shares nothing."""
-        return self.place or ("cpu" if self.train_alone == "on" else "")
 
     @property
     def served_name(self) -> str:
