@@ -16,13 +16,14 @@ from typing import Any
 import httpx
 
 from common import gpus
+from common.files import write_whole
 from common.sizing import fit
 from common.sizing.cards import CannotSay
 from services.local import room, workers
 from services.local.errors import UserError
 from services.local.plan import Dials, Ports, is_free
 from services.local.programs import Program, gateway, programs, supervisor_config
-from services.local.running import inner, last_words, process_states, supervisor_of
+from services.local.running import inner, last_words, refuse_given_up, supervisor_of
 from services.local.workers import Change, Worker
 
 START_PATIENCE_S = 1800.0
@@ -131,9 +132,7 @@ class Stack:
             state, held = self._state_of(worker.name)
             if state == "ready" or (state in ("asleep", "waking") and (held or not worker.always)):
                 return
-            died = log.exists() and '"engine died"' in log.read_text(errors="replace")
-            if died or process_states(self._dials).get(worker.name) == "FATAL":
-                raise UserError(f"{worker.name} does not start: {last_words(log)} ({log})")
+            refuse_given_up(self._dials, worker.name)
             time.sleep(LOOK_EVERY_S)
         raise UserError(f"{worker.name} is not ready after {START_PATIENCE_S:.0f} s; its log is {log}.")
 
@@ -158,7 +157,7 @@ class Stack:
     def _configure(self, now: list[Worker], extra: Sequence[Program] = ()) -> None:
         """Supervise these workers, and what there is beside them. What changed is started anew."""
         wanted = [*programs(self._dials, self._ports, now), *extra]
-        (self._dials.run_dir / "supervisord.conf").write_text(supervisor_config(self._dials, wanted))
+        write_whole([supervisor_config(self._dials, wanted).encode()], self._dials.run_dir / "supervisord.conf")
         with self._faults():
             added, changed, removed = self._supervisor.reloadConfig()[0]
             for name in (*removed, *changed):
@@ -177,8 +176,7 @@ class Stack:
             with contextlib.suppress(httpx.HTTPError, ValueError):
                 if httpx.get(f"http://127.0.0.1:{port}/ready", timeout=1).json()["workers"]:
                     return
-            if process_states(self._dials).get(name) == "FATAL":
-                break
+            refuse_given_up(self._dials, name)
             time.sleep(LOOK_EVERY_S)
         log = self._dials.state / "logs" / f"{name}.log"
         raise UserError(f"{name} does not start: {last_words(log)} ({log})")

@@ -65,10 +65,6 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """A hub model's; empty: its main branch."""
         return "" if Path(self.source).is_absolute() else self.source.partition("@")[2]
 
-    def replaced(self, **fields: Any) -> "Entry":
-        """The same with other values."""
-        return msgspec.structs.replace(self, **fields)
-
     @property
     def slug(self) -> str:
         """Its name as a part of a program's."""
@@ -81,6 +77,11 @@ class Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     models: Annotated[list[Entry], Meta(min_length=1, max_length=64)]
     awake: Annotated[int, Meta(ge=1, le=64, description="on_demand models of one place that are awake at once")] = 1
+
+    @property
+    def trained(self) -> Entry | None:
+        """The model that fine-tuning jobs start from."""
+        return next((e for e in self.models if e.task == "chat" and e.adapters and e.engine == "vllm"), None)
 
 
 def read(path: Path) -> Catalog:
@@ -145,7 +146,7 @@ def _is_folder(source: str) -> bool:
 def _absolute(entry: Entry, base: Path) -> Entry:
     if entry.engine == "attached" or not _is_folder(entry.source):
         return entry
-    return entry.replaced(source=str((base / Path(entry.source).expanduser()).resolve()))
+    return msgspec.structs.replace(entry, source=str((base / Path(entry.source).expanduser()).resolve()))
 
 
 def _line(root: yaml.Node | None, field: str) -> int:

@@ -11,8 +11,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
+from common.files import write_whole
 from services.local import catalog
 from services.local.catalog import Catalog, Entry, Place
 from services.local.errors import UserError
@@ -52,7 +54,7 @@ def document(found: Catalog, gpus: int, own: Path, file: str = "./models.yaml") 
             services[f"worker-{entry.slug}-{number}-{mark}"] = _service(env, place)
     # What it is to bring stands in a file: in its configuration, a change would start all that wait for it anew.
     services["fetch"] = {"volumes": [f"{file}:/models.yaml:ro", f"./{WANTED.name}:/models.wanted:ro"]}
-    trained = next((e for e in found.models if e.task == "chat" and e.adapters and e.engine == "vllm"), None)
+    trained = found.trained
     services["trainer"] = (
         {"profiles": ["without-models-yaml"]} if trained is None
         else _trainer(_in_container(trained, own), places[trained.name][0])
@@ -91,7 +93,7 @@ def _in_container(entry: Entry, own: Path) -> Entry:
     folder = Path(entry.source)
     if not folder.is_relative_to(own):
         raise UserError(f"{entry.name}: containers do not see {folder}. Move it below {own} (MODELS_DIR).")
-    return entry.replaced(source=str(OWN / folder.relative_to(own)))
+    return msgspec.structs.replace(entry, source=str(OWN / folder.relative_to(own)))
 
 
 def wanted(path: Path, own: Path) -> str:
@@ -139,9 +141,7 @@ def main() -> None:
         gpus = int(os.environ.get("GPUS") or 0) if dial("ACCELERATOR", "cpu") == "cuda" else 0
         own = (ROOT / dial("MODELS_DIR", "./models")).resolve()
         for file, made in ((WANTED, wanted(path, own)), (FILE, text(path, gpus, own))):
-            partial = file.with_suffix(".partial")
-            partial.write_text(made)
-            partial.replace(file)
+            write_whole([made.encode()], file)
         name_it(ROOT / ".env")
     except UserError as error:
         sys.exit(f"owngpt: {error}")

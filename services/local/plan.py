@@ -36,7 +36,6 @@ class Dials:
     """GPUs to be used; 0: the CPU."""
     port: int = 8080
     host: str = "127.0.0.1"
-
     tls: Path | None = None
     """The folder with fullchain.pem and privkey.pem; None: clients are asked for plain HTTP."""
 
@@ -55,11 +54,6 @@ class Dials:
         """The model of the first screen: the first for chats, else the first."""
         chats = (entry for entry in self.catalog.models if entry.task == "chat")
         return next(chats, self.catalog.models[0])
-
-    @property
-    def trained(self) -> Entry | None:
-        """The model that fine-tuning jobs start from."""
-        return next((e for e in self.catalog.models if e.task == "chat" and e.adapters and e.engine == "vllm"), None)
 
     @property
     def models(self) -> Path:

@@ -74,7 +74,7 @@ def programs(dials: Dials, ports: Ports, workers: Sequence[Worker]) -> list[Prog
             "DATABASE_URL": os.environ.get("LEDGER_DATABASE_URL") or f"sqlite:///{dials.state.resolve()}/ledger.db",
         }, secrets=("redis_password",)),
         ours("gpu_exporter", dials, ["--port", str(ports.gpu_exporter)], {"DISKS": str(dials.state)}),
-        *([trainer(dials, ports, dials.trained)] if dials.trained is not None else []),
+        *([trainer(dials, ports, trained)] if (trained := dials.catalog.trained) is not None else []),
         Program("nginx", [
             find_nginx(), "-p", str(dials.run_dir), "-e", "stderr", "-c", str(dials.run_dir / "nginx.conf"),
         ], priority=40, privileged=True),

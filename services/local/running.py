@@ -18,6 +18,7 @@ import msgspec
 from rich.progress import Progress
 from supervisor.xmlrpc import SupervisorTransport
 
+from common.files import write_whole
 from services.local.errors import UserError
 from services.local.plan import BEFORE_MODELS_FILE, ROOT, Dials, Ports, models_path, read_dials
 from services.local.programs import programs, supervisor_config
@@ -49,7 +50,7 @@ def start(dials: Dials, ports: Ports) -> subprocess.Popen[bytes]:
     remember(dials, ports)
     started = programs(dials, ports, workers)
     config = dials.run_dir / "supervisord.conf"
-    config.write_text(supervisor_config(dials, started))
+    write_whole([supervisor_config(dials, started).encode()], config)
     for program in started:
         (dials.state / "logs" / f"{program.name}.log").write_text("")
     tethered = [sys.executable, "-m", "services.local.tether", "--privileged"]
@@ -122,6 +123,17 @@ def process_states(dials: Dials) -> dict[str, str]:
         return {}
 
 
+def refuse_given_up(dials: Dials, only: str = "") -> None:
+    """Raise UserError, with its last words, when a program, or this one, does not start or a worker's engine died."""
+    for name, state in process_states(dials).items():
+        if only not in ("", name):
+            continue
+        log = dials.state / "logs" / f"{name}.log"
+        died = name.startswith("worker") and log.exists() and '"engine died"' in log.read_text(errors="replace")
+        if state == "FATAL" or died:
+            raise UserError(f"{name} does not start: {last_words(log)} ({log})")
+
+
 def last_words(log: Path) -> str:
     """The most telling line of a log: its last error that names a cause, else its last line."""
     said = [_said(line) for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -151,11 +163,7 @@ def wait_until_ready(dials: Dials, supervisor: subprocess.Popen[bytes], progress
             if answer.json().get("workers", {}).get("ready", 0) >= dials.always:
                 progress.update(task, completed=USUAL_START_S)
                 return
-        for name, state in process_states(dials).items():
-            log = dials.state / "logs" / f"{name}.log"
-            died = name.startswith("worker") and '"engine died"' in log.read_text(errors="replace")
-            if state == "FATAL" or died:
-                raise UserError(f"{name} does not start: {last_words(log)} ({log})")
+        refuse_given_up(dials)
         if not progress.finished:
             progress.advance(task, 0.1)
         time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from common.files import write_whole
 from services.local.errors import UserError
 
 STATE_VERSION = 2
@@ -15,6 +16,4 @@ def check_version(state: Path) -> None:
     if not said.isdigit() or int(said) > STATE_VERSION:
         raise UserError(f"{state} was written by a newer release (state version {said}; this one knows "
                         f"{STATE_VERSION}). Use that release, another STATE_DIR, or restore a backup from before.")
-    partial = file.with_suffix(".partial")
-    partial.write_text(f"{STATE_VERSION}\n")
-    partial.replace(file)
+    write_whole([f"{STATE_VERSION}\n".encode()], file)

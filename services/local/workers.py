@@ -2,7 +2,6 @@
 same model can run side by side while one takes over from the other (`apply.py`).
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from common.files import write_whole
 from services.local import catalog
 from services.local.catalog import Entry
 from services.local.plan import Dials
@@ -91,13 +91,11 @@ def written(dials: Dials) -> Path:
 def write(dials: Dials, workers: list[Worker]) -> None:
     """Say which there are, to `apply.py` and to Prometheus."""
     targets = [{"targets": [f"127.0.0.1:{worker.port}" for worker in workers]}]
-    for path, text in (
-        (written(dials), msgspec.json.encode(workers).decode()),
-        (dials.run_dir / "targets.json", json.dumps(targets)),
+    for path, data in (
+        (written(dials), msgspec.json.encode(workers)),
+        (dials.run_dir / "targets.json", msgspec.json.encode(targets)),
     ):
-        partial = path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.rename(path)
+        write_whole([data], path)
 
 
 def read(dials: Dials) -> list[Worker]:
