@@ -27,7 +27,6 @@ class Prices:
     host_usd: float
     host_watts: float
     usd_per_kwh: float
-    disk_usd_per_gb_month: float
     cards: tuple[Price, ...]
 
     def of(self, card: str) -> Price:

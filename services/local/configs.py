@@ -26,23 +26,25 @@ def find_nginx() -> str:
 
 
 @cache
+def built(nginx: str) -> str:
+    """Its version, and what it was built with."""
+    return subprocess.run([nginx, "-V"], capture_output=True, text=True, check=False).stderr
+
+
 def counts_connections(nginx: str) -> bool:
     """Whether this nginx can say how many connections it has; the one from pip cannot."""
-    built = subprocess.run([nginx, "-V"], capture_output=True, text=True, check=False).stderr
-    return "http_stub_status_module" in built
+    return "http_stub_status_module" in built(nginx)
 
 
-@cache
 def knows_http2_on(nginx: str) -> bool:
     """Whether `http2 on` is a directive of its own (1.25.1); before it is a word of `listen`."""
-    built = subprocess.run([nginx, "-v"], capture_output=True, text=True, check=False).stderr
-    found = re.search(r"nginx/(\d+)\.(\d+)\.(\d+)", built)
+    found = re.search(r"nginx/(\d+)\.(\d+)\.(\d+)", built(nginx))
     return found is not None and tuple(map(int, found.groups())) >= (1, 25, 1)
 
 
 def tls_options(nginx: str) -> str:
     """What follows the address in `listen`. Raises UserError for an nginx without TLS."""
-    if "http_ssl_module" not in subprocess.run([nginx, "-V"], capture_output=True, text=True, check=False).stderr:
+    if "http_ssl_module" not in built(nginx):
         raise UserError(f"TLS_DIR needs an nginx with TLS, and {nginx} (the one from pip) has none. On Debian and "
                         "Ubuntu: apt install nginx-light")
     return " ssl" if knows_http2_on(nginx) else " ssl http2"

@@ -60,8 +60,9 @@ def check_gpus(dials: Dials) -> None:
     try:
         found = gpus.look()
         fit.check_driver(found)
+        places = catalog.deal(dials.catalog, dials.gpus)
         for entry in dials.catalog.models:
-            for place in catalog.deal(dials.catalog, dials.gpus)[entry.name]:
+            for place in places[entry.name]:
                 if entry.engine == "vllm" and place.gpus and not entry.arguments:
                     how = Serving(len(place.gpus), place.share, entry.max_tokens, entry.sequences, 4 * entry.adapters)
                     fit.check_model(found, place.gpus, entry.model(dials.models), entry.revision, how)
