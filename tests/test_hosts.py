@@ -111,12 +111,9 @@ class TestPlaces:
             return
         for gpu in range(count):
             always = [p.share for e in entries for p in dealt[e.name] if gpu in p.gpus and e.start == "always"]
-            turning: dict[tuple[int, ...], float] = {}
-            for e in entries:
-                for place in dealt[e.name]:
-                    if gpu in place.gpus and e.start == "on_demand":
-                        turning[place.gpus] = max(turning.get(place.gpus, 0.0), place.share)
-            assert sum(always) + awake * sum(turning.values()) <= 0.981
+            turning = [p.share for e in entries for p in dealt[e.name] if gpu in p.gpus and e.start == "on_demand"]
+            assert sum(always) + awake * max(turning, default=0.0) <= 0.981
+            assert len({p.name for e in entries for p in dealt[e.name] if gpu in p.gpus}) <= 1, "one arbiter a GPU"
         assert all(len(place.gpus) == e.gpus for e in entries for place in dealt[e.name])
 
     def test_replicas_get_a_gpu_each_and_on_demand_models_share_one(self) -> None:
@@ -127,9 +124,29 @@ class TestPlaces:
         with pytest.raises(UserError, match=r"b needs 90% of 1 GPU\(s\), and GPU 0 has"):
             catalog.deal(found, 2)
 
+    def test_on_demand_models_take_turns_only_where_no_gpu_is_left(self) -> None:
+        found = Catalog(models=[entry("a", start="on_demand", replicas=2), entry("b", start="on_demand")])
+        assert [[p.gpus for p in places] for places in catalog.deal(found, 4).values()] == [[(0,), (1,)], [(2,)]]
+        assert [[p.gpus for p in places] for places in catalog.deal(found, 2).values()] == [[(0,), (1,)], [(0,)]]
+        assert [[p.gpus for p in places] for places in catalog.deal(found, 1).values()] == [[(0,), (0,)], [(0,)]]
+
+    def test_gpus_that_a_worker_holds_together_are_one_place(self) -> None:
+        """A training on GPU 0 must put the engine to sleep that has GPU 0 and 1."""
+        found = Catalog(models=[entry("a", gpu_memory=0.4), entry("b", gpu_memory=0.4), entry("big", gpus=2, gpu_memory=0.5)])
+        dealt = catalog.deal(found, 2)
+        assert [dealt[name][0].gpus for name in ("a", "b", "big")] == [(0,), (1,), (0, 1)]
+        assert {dealt[name][0].name for name in ("a", "b", "big")} == {"gpu-0-1"}
+        assert {places[0].name for places in catalog.deal(found, 4).values()} == {"gpu-0-1", "gpu-2", "gpu-3"}
+
+    def test_a_small_model_takes_its_turn_where_a_large_one_has_several_gpus(self) -> None:
+        found = Catalog(models=[entry("small", start="on_demand"), entry("big", start="on_demand", gpus=2)])
+        dealt = catalog.deal(found, 2)
+        assert (dealt["big"][0].gpus, dealt["small"][0].gpus) == ((0, 1), (0,))
+        assert dealt["big"][0].name == dealt["small"][0].name == "gpu-0-1"
+
     def test_one_card_holds_several_when_nobody_says_how(self) -> None:
         dealt = catalog.deal(Catalog(models=[entry("a"), entry("b")]), 1)
-        assert [dealt[name][0] for name in "ab"] == [Place((0,), 0.45)] * 2
+        assert [dealt[name][0] for name in "ab"] == [Place((0,), 0.45, (0,))] * 2
 
 
 class TestChange:

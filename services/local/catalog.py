@@ -7,7 +7,7 @@ of MODEL and WORKERS. Its JSON schema for editors is made from the classes here:
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -172,11 +172,13 @@ class Place(NamedTuple):
 
     gpus: tuple[int, ...] = ()
     share: float = 0.0
+    shared: tuple[int, ...] = ()
+    """Its GPUs and those that hang together with them, by a worker that runs on several."""
 
     @property
     def name(self) -> str:
         """Whose on_demand models take turns, and which a training takes as a whole."""
-        return "gpu-" + "-".join(map(str, self.gpus)) if self.gpus else "cpu"
+        return "gpu-" + "-".join(map(str, self.shared)) if self.gpus else "cpu"
 
 
 def environment(entry: Entry, models: Path, place: Place, awake: int) -> dict[str, str]:
@@ -212,36 +214,57 @@ def deal(catalog: Catalog, gpus: int) -> dict[str, list[Place]]:
         return dealt
     usual = _usual_share(catalog, ours, gpus)
     free = [MOST_SHARE + 1e-9] * gpus
-    turns: dict[tuple[int, ...], float] = {}
+    turns: Turns = {}
     for entry in sorted(ours, key=lambda entry: (entry.start != "always", -entry.gpus)):  # the sort is stable
         share, dealt[entry.name] = entry.gpu_memory or usual, []
         for _ in range(entry.replicas):
-            fit, more = _place(entry, share, free, turns, catalog.awake)
+            mine = {place.gpus for place in dealt[entry.name]}
+            fit, more = _place(entry, share, free, turns, catalog.awake, mine)
             for gpu in fit:
                 free[gpu] -= more
             if entry.start == "on_demand":
-                turns[fit] = max(turns.get(fit, 0.0), share)
+                turns.setdefault(fit, []).append(share)
             dealt[entry.name].append(Place(fit, share))
+    whole = _hang_together(place.gpus for entry in ours for place in dealt[entry.name])
+    for entry in ours:
+        dealt[entry.name] = [place._replace(shared=whole[place.gpus[0]]) for place in dealt[entry.name]]
     return dealt
 
 
+Turns = dict[tuple[int, ...], list[float]]
+"""Shares of the on_demand workers that take turns, by their GPUs."""
+
+
 def _place(
-    entry: Entry, share: float, free: Sequence[float], turns: Mapping[tuple[int, ...], float], awake: int
+    entry: Entry, share: float, free: Sequence[float], turns: Turns, awake: int, mine: Collection[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], float]:
-    """(GPUs for a worker, what it takes of each): one's turn at GPUs that others share, else the emptiest."""
-    if entry.start == "on_demand":
-        for fit, turn in turns.items():
-            more = max(0.0, share - turn) * awake
-            if len(fit) == entry.gpus and all(free[gpu] >= more for gpu in fit):
-                return fit, more
-        share *= awake
-    able = [gpu for gpu, left in enumerate(free) if left >= share]
+    """(GPUs for a worker, what it takes of each): the emptiest; else one's turn at GPUs that others share.
+
+    `mine`: where replicas of it are, with whom it takes turns only where there is no other place.
+    """
+    on_demand = entry.start == "on_demand"
+    needed = share * awake if on_demand else share
+    able = [gpu for gpu, left in enumerate(free) if left >= needed]
     found = tuple(sorted(sorted(able, key=lambda gpu: (-free[gpu], gpu))[: entry.gpus]))  # the emptiest: replicas apart
-    if len(found) < entry.gpus:
-        left = ", ".join(f"GPU {gpu} has {left:.0%} left" for gpu, left in enumerate(free))
-        raise UserError(f"models.yaml: {entry.name} needs {share:.0%} of {entry.gpus} GPU(s), and {left}. "
-                        "Lower gpu_memory or replicas, or let models start on_demand.")
-    return found, share
+    if len(found) == entry.gpus:
+        return found, needed
+    if on_demand:
+        for fit, shares in sorted(turns.items(), key=lambda item: (item[0][: entry.gpus] in mine, len(item[1]))):
+            part, more = fit[: entry.gpus], max(0.0, share - max(shares)) * awake
+            if len(part) == entry.gpus and all(free[gpu] >= more for gpu in part):
+                return part, more
+    left = ", ".join(f"GPU {gpu} has {left:.0%} left" for gpu, left in enumerate(free))
+    raise UserError(f"models.yaml: {entry.name} needs {share:.0%} of {entry.gpus} GPU(s), and {left}. "
+                    "Lower gpu_memory or replicas, or let models start on_demand.")
+
+
+def _hang_together(sets: Iterable[tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+    """Of each GPU all those that it hangs together with: a worker on 0 and 1 shares memory with one on 0, one on 1."""
+    whole: dict[int, tuple[int, ...]] = {}
+    for gpus in sets:
+        joined = tuple(sorted({other for gpu in gpus for other in whole.get(gpu, (gpu,))}))
+        whole |= dict.fromkeys(joined, joined)
+    return whole
 
 
 def _usual_share(catalog: Catalog, ours: Sequence[Entry], gpus: int) -> float:
