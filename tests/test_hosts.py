@@ -30,11 +30,11 @@ from common.database import StateTooNew
 from common.gpus import Gpu, Gpus
 from common.sizing import cards, fit
 from common.sizing.cards import CannotSay
-from services.local import accelerator, catalog, compose, configs, room, workers
+from services.local import accelerator, catalog, compose, configs, programs, room, workers
 from services.local.catalog import Catalog, Entry, Place
 from services.local.configs import find_nginx, write_configs
 from services.local.errors import UserError
-from services.local.plan import ROOT, Dials, read_dials
+from services.local.plan import ROOT, Dials, Ports, read_dials
 from services.local.running import last_words
 from services.local.state_version import STATE_VERSION, check_version
 from services.trainer.place import is_time
@@ -218,6 +218,17 @@ class TestCompose:
         for wanted in workers.wanted(dials):
             env = {name: value.replace(str(dials.models), "/models") for name, value in wanted.env.items()}
             assert env in [service.get("environment") for service in by_compose.values()]
+
+    def test_both_launchers_tell_the_trainer_the_same(self, tmp_path: Path) -> None:
+        """It asked the hub's library for `main` where MODEL_REVISION was served."""
+        found = Catalog(models=[entry("mine", source="org/model@abc", gpus=2)])
+        by_compose = compose.document(found, 2, tmp_path)["services"]["trainer"]
+        dials = Dials(tmp_path, found, models_file=tmp_path / "models.yaml", gpus=2)
+        here = programs.trainer(dials, Ports.take(iter(range(20)), 1), found.models[0]).env
+        for name, value in by_compose["environment"].items():
+            assert here[name] == value, name
+        assert (here["MODEL_REVISION"], here["PLACE"], here["CUDA_VISIBLE_DEVICES"]) == ("abc", "gpu-0-1", "0")
+        assert by_compose["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] == ["0"]
 
     def test_a_changed_entry_is_a_service_of_another_name(self, made: Path) -> None:
         def names(text: str) -> set[str]:

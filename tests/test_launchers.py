@@ -27,7 +27,7 @@ ONLY_COMPOSE = {
     "HF_HUB_OFFLINE": "workers have no way out; locally vLLM is told so for a model folder",
     "ENGINE_HOST": "the container's network; locally the loopback, which is the default",
     "TRAINER_METRICS_HOST": "as ENGINE_HOST", "NVIDIA_DRIVER_CAPABILITIES": "of NVIDIA's container toolkit",
-    "TRAIN_FOUR_BIT": "CUDA only; programs inherit it", "USER": "a container's user has no name",
+    "USER": "a container's user has no name",
     "XDG_CACHE_HOME": "a volume; locally the user's own cache", "TRITON_CACHE_DIR": "as XDG_CACHE_HOME",
     "TORCHINDUCTOR_CACHE_DIR": "as XDG_CACHE_HOME", "ALIVE_FILE": "of a container's health check",
     "GATEWAY_PROCESSES": "python -m gateway reads it from the environment in both", "ACCELERATOR": "in the image",
@@ -80,7 +80,7 @@ def test_every_setting_of_one_is_in_the_other(local: dict[str, programs.Program]
 def test_the_lists_of_reasons_hold_nothing_idle(local: dict[str, programs.Program]) -> None:
     services = compose()
     assert set(ONLY_COMPOSE) <= {n for s in SETTINGS for n in services[s].get("environment", {})} | {
-        "TRAIN_FOUR_BIT", "NVIDIA_DRIVER_CAPABILITIES", "ACCELERATOR"}
+        "NVIDIA_DRIVER_CAPABILITIES", "ACCELERATOR"}
     assert set(ONLY_LOCAL) <= {n for s in SETTINGS for n in local[s].env}
 
 

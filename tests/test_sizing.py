@@ -129,6 +129,39 @@ def test_training_in_four_bits_is_smaller() -> None:
     assert training.lora(found, four_bit=True, tokens=1024, rows=8).logits_bytes == 3 * 4 * 8 * 1024 * 128_256
 
 
+class TestTraining:
+    llama = shape.read("meta-llama/Meta-Llama-3-8B-Instruct")
+
+    @pytest.mark.parametrize(("gib", "asked", "tokens", "chosen"), [
+        (80, None, 1024, (False, 4)), (24, None, 1024, (False, 4)), (22, None, 1024, (False, 3)), (16, None, 1024, (True, 4)), (80, True, 1024, (True, 4)),
+        (16, None, 4096, (True, 1)),
+    ])
+    def test_the_bits_the_base_is_served_in_where_they_fit(
+        self, gib: int, asked: bool | None, tokens: int, chosen: tuple[bool, int]
+    ) -> None:
+        assert training.choose(self.llama, gib << 30, tokens=tokens, most=4, four_bit=asked) == chosen
+
+    @given(st.integers(1, 80), st.integers(1, 8192), st.integers(1, 8), st.sampled_from([None, True, False]))
+    def test_what_is_chosen_fits_and_one_row_more_does_not(self, gib: int, tokens: int, most: int, asked: bool | None) -> None:
+        def need(four_bit: bool, rows: int) -> int:
+            return training.lora(self.llama, four_bit=four_bit, tokens=tokens, rows=rows).total_bytes
+
+        try:
+            bits, rows = training.choose(self.llama, gib << 30, tokens=tokens, most=most, four_bit=asked)
+        except CannotSay:
+            assert need(asked is not False, 1) > gib << 30
+            return
+        assert need(bits, rows) <= gib << 30
+        assert rows == most or need(bits, rows + 1) > gib << 30
+        assert bits == asked if asked is not None else not bits or need(False, 1) > gib << 30
+
+    def test_what_would_help_is_said(self) -> None:
+        with pytest.raises(CannotSay, match=r"the base 15\.0 GiB, .* of one row of 1024 tokens, .*; 12\.0 GiB are there\. Shorter rows \(TRAIN_MAX_TOKENS\), a base in 4 bits"):
+            training.choose(self.llama, 12 << 30, tokens=1024, most=4, four_bit=False)
+        with pytest.raises(CannotSay, match=r"GiB in 4 bits, .*; 4\.0 GiB are there\. Shorter rows \(TRAIN_MAX_TOKENS\) or a larger card"):
+            training.choose(self.llama, 4 << 30, tokens=1024, most=4)
+
+
 def test_a_step_is_bound_by_memory_until_there_are_many() -> None:
     found, card = shape.read("mistralai/Mistral-7B-Instruct-v0.3"), cards.find("A100-80")
     alone = speed.decode_tokens_per_s(found, card)

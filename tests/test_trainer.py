@@ -310,7 +310,7 @@ class TestJob:
     def test_a_quantised_base_is_refused_before_anything_is_loaded(
         self, service: Service, start: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(runner.checkpoint, "config", lambda model: {"quantization_config": {"quant_method": "awq"}})
+        monkeypatch.setattr(runner.checkpoint, "config", lambda model, revision: {"quantization_config": {"quant_method": "awq"}})
         monkeypatch.setattr(runner, "Run", None)
         job, run = start()
         run.run()

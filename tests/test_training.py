@@ -6,11 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from services.trainer import loop
+from common.gpus import Gpu, Gpus
+from common.sizing import shape
+from services.trainer import loop, room, run
 from services.trainer.events import Events
 from services.trainer.loop import Counting, collate, micro_batch
 from services.trainer.plan import COMPLETE, Folder, Hyperparameters, Plan, rows_on_gpu
@@ -33,6 +36,46 @@ def test_a_batch_is_computed_in_few_pieces(batch: int, rows: int) -> None:
 def test_logits_do_not_fill_a_card(vocabulary: int, tokens: int, rows: int) -> None:
     """Eight rows of Llama-3's vocabulary took 10 GB of a 24 GB card (D8)."""
     assert rows_on_gpu(8, vocabulary, tokens) == rows
+
+
+class TestRoom:
+    plan = Plan("j", "/base", "t", 3, four_bit="auto")
+
+    def on(self, monkeypatch: pytest.MonkeyPatch, gib: int, config: dict | None = None) -> None:
+        known = shape.KNOWN["meta-llama/Meta-Llama-3-8B-Instruct"] if config is None else config
+        monkeypatch.setattr(room.checkpoint, "config", lambda model, revision: known)
+        monkeypatch.setattr(room.gpus, "look", lambda: Gpus("580.1", (Gpu("some card", gib << 30, 0),)))
+
+    def test_a_large_card_trains_in_the_bits_it_serves_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for gib, bits in ((80, False), (16, True)):
+            self.on(monkeypatch, gib)
+            fit = room.on_a_gpu(self.plan, 128_256, 300)
+            assert (fit.four_bit, fit.micro_batch) == (bits, 3)
+
+    def test_what_is_not_known_gets_what_fits_most_cards(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.on(monkeypatch, 80, {"architectures": ["MambaForCausalLM"]})
+        assert room.on_a_gpu(self.plan, 128_256, 300).four_bit is True
+        self.on(monkeypatch, 80)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+        assert room.on_a_gpu(self.plan, 128_256, 300).four_bit is True
+        assert room.on_a_gpu(msgspec.structs.replace(self.plan, four_bit=False), 128_256, 300).four_bit is False
+
+    def test_a_cpu_computes_in_more_bits(self) -> None:
+        assert room.on_a_cpu(self.plan) == msgspec.structs.replace(self.plan, four_bit=False)
+
+    def test_a_run_that_cannot_fit_says_so_before_it_has_the_gpu(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.on(monkeypatch, 4)
+        monkeypatch.setattr(loop, "on_gpu", lambda: True)
+        monkeypatch.setattr(run, "prepare", lambda *_: ([Encoded(1, [1] * 900, [1] * 900, ())],) * 2)
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: [0] * 128_256)
+        folder = Folder(tmp_path)
+        folder.plan.write_bytes(msgspec.json.encode(self.plan))
+        with pytest.raises(SystemExit) as ended:
+            run.main(tmp_path)
+        assert str(ended.value).startswith("A LoRA run does not fit: the base")
+        assert "ready" not in capsys.readouterr().out
 
 
 def test_a_validation_loss_counts_tokens_not_rows(tmp_path: Path) -> None:

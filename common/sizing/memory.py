@@ -14,6 +14,8 @@ CONTEXT_BYTES = 600 * MIB
 """CUDA context and libraries, counted by vLLM as used before anything is loaded. Estimate."""
 GRAPHS_BYTES = 600 * MIB
 """CUDA graphs of the usual batch sizes. Estimate."""
+ASLEEP_BYTES = CONTEXT_BYTES + GRAPHS_BYTES
+"""What an engine that sleeps (level 1) keeps of its card. Estimate."""
 SAMPLER_BYTES_PER_LOGIT = 24
 """Logits in fp32, sorted values and indices, probabilities and their sums, at the profiled peak. Estimate."""
 LEAST_SEQUENCE_TOKENS = 2048

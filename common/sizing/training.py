@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from common.sizing.memory import CONTEXT_BYTES
+from common.sizing.cards import CannotSay
+from common.sizing.memory import CONTEXT_BYTES, gib
 from common.sizing.shape import Shape
 
 BYTES_PER_TRAINED_WEIGHT = 16
@@ -41,3 +42,26 @@ def lora(shape: Shape, *, four_bit: bool, tokens: int = 1024, rows: int = 1, ran
     inside = batch * (3 * shape.intermediate + 8 * shape.hidden) * 2 * 2  # forward and backward of one layer
     logits = round(LOGITS_PEAK * 4 * batch * shape.vocabulary)
     return Training(base, BYTES_PER_TRAINED_WEIGHT * shape.lora_weights(rank), kept + inside, logits)
+
+
+def choose(
+    shape: Shape, memory_bytes: int, *, tokens: int, most: int, four_bit: bool | None = None, rank: int = 8
+) -> tuple[bool, int]:
+    """(base in 4 bits, rows of `tokens` computed at once) of a run on a card of its own: at most `most` rows.
+
+    `four_bit` None: in 16 bits where they fit, for that is how the base is served. Raises CannotSay with what is
+    missing when not even one row fits.
+    """
+    ways = (four_bit,) if four_bit is not None else (False, True)
+    for bits in ways:
+        for rows in range(most, 0, -1):
+            if lora(shape, four_bit=bits, tokens=tokens, rows=rows, rank=rank).total_bytes <= memory_bytes:
+                return bits, rows
+    least = lora(shape, four_bit=ways[-1], tokens=tokens, rank=rank)
+    raise CannotSay(
+        f"A LoRA run does not fit: the base {gib(least.base_bytes)}{' in 4 bits' if ways[-1] else ''}, the adapter "
+        f"{gib(least.adapter_bytes)}, activations {gib(least.activation_bytes)} and logits {gib(least.logits_bytes)} of "
+        f"one row of {tokens} tokens, CUDA {gib(least.fixed_bytes)} are {gib(least.total_bytes)}; "
+        f"{gib(memory_bytes)} are there. Shorter rows (TRAIN_MAX_TOKENS)"
+        f"{', a base in 4 bits (TRAIN_FOUR_BIT=auto)' if four_bit is False else ''} or a larger card will help."
+    )

@@ -191,8 +191,7 @@ def environment(entry: Entry, models: Path, place: Place, awake: int) -> dict[st
         "MAX_LORAS": "" if entry.adapters and entry.task == "chat" else 0, "ENGINE_ARGS": entry.arguments,
     }
     if place.gpus:
-        found |= {"GPU_MEMORY_UTILIZATION": place.share, "TENSOR_PARALLEL_SIZE": len(place.gpus),
-                  "CUDA_VISIBLE_DEVICES": ",".join(map(str, place.gpus))}
+        found |= {"GPU_MEMORY_UTILIZATION": place.share, "TENSOR_PARALLEL_SIZE": len(place.gpus)} | visible(place.gpus)
     elif entry.kv_cache_gib is not None:
         found["KV_CACHE_GIB"] = entry.kv_cache_gib
     if entry.start == "on_demand":
@@ -201,6 +200,11 @@ def environment(entry: Entry, models: Path, place: Place, awake: int) -> dict[st
         found["PLACE"] = place.name
     # An empty revision is said, too: else that of another model would be taken over from the environment.
     return {name: str(value) for name, value in found.items() if value != "" or name == "MODEL_REVISION"}
+
+
+def visible(gpus: Sequence[int]) -> dict[str, str]:
+    """The environment that shows a program these GPUs alone, numbered as the driver does: CUDA puts the fastest first."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def deal(catalog: Catalog, gpus: int) -> dict[str, list[Place]]:

@@ -49,7 +49,8 @@ def document(found: Catalog, gpus: int, own: Path, file: str = "./models.yaml") 
         inside = _in_container(entry, own)
         for number, place in enumerate(places[entry.name], 1):
             env = catalog.environment(inside, IN_IMAGE, place, found.awake)
-            env.pop("CUDA_VISIBLE_DEVICES", None)  # the container has no others
+            for name in catalog.visible(()):
+                env.pop(name, None)  # the container has no others
             mark = sha256(repr(sorted(env.items())).encode() + repr(place).encode()).hexdigest()[:4]
             services[f"worker-{entry.slug}-{number}-{mark}"] = _service(env, place)
     # What it is to bring stands in a file: in its configuration, a change would start all that wait for it anew.
@@ -75,7 +76,7 @@ def _service(env: dict[str, str], place: Place) -> dict[str, Any]:
 
 def _trainer(entry: Entry, place: Place) -> dict[str, Any]:
     """On the first GPU of the model that it trains, which it has for itself meanwhile."""
-    env = {"MODEL": entry.model(IN_IMAGE), "SERVED_MODEL_NAME": entry.name}
+    env = {"MODEL": entry.model(IN_IMAGE), "MODEL_REVISION": entry.revision, "SERVED_MODEL_NAME": entry.name}
     if not place.gpus:
         return {"environment": env}
     return {"environment": env | {"PLACE": place.name}, "deploy": _devices(place.gpus[:1])}

@@ -141,6 +141,7 @@ def trainer(dials: Dials, ports: Ports, base: Entry) -> Program:
     """The trainer."""
     return ours("trainer", dials, env={
         "MODEL": base.model(dials.models),
+        "MODEL_REVISION": base.revision,
         "SERVED_MODEL_NAME": base.name,
         "JOBS_URL": f"http://127.0.0.1:{ports.jobs}",
         "FILES_DIR": str(dials.state / "files"),
@@ -154,7 +155,7 @@ def trainer(dials: Dials, ports: Ports, base: Entry) -> Program:
 def trains_on(dials: Dials, base: Entry) -> dict[str, str]:
     """The first GPU of the model that is trained, whose engines sleep meanwhile. On a CPU: with TRAIN_ALONE."""
     place = catalog.deal(dials.catalog, dials.gpus)[base.name][0]
-    return {"PLACE": place.name, "CUDA_VISIBLE_DEVICES": str(place.gpus[0])} if place.gpus else {}
+    return catalog.visible(place.gpus[:1]) | {"PLACE": place.name} if place.gpus else {}
 
 
 def prometheus_server(program: str, dials: Dials, ports: Ports) -> Program:

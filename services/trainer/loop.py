@@ -30,9 +30,13 @@ from services.trainer.plan import (
     Hyperparameters,
     Plan,
     learning_rate,
-    rows_on_gpu,
 )
 from services.trainer.render import IGNORED, Encoded
+
+
+def on_gpu() -> bool:
+    """Whether this run trains on one."""
+    return torch.cuda.is_available()
 
 
 def computes_bf16() -> bool:
@@ -52,7 +56,7 @@ def load(plan: Plan) -> Any:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
         )
-    model = AutoModelForCausalLM.from_pretrained(plan.base, dtype=dtype, **options)
+    model = AutoModelForCausalLM.from_pretrained(plan.base, revision=plan.revision or "main", dtype=dtype, **options)
     model.config.use_cache = False
     if plan.four_bit:
         model = prepare_model_for_kbit_training(model)  # type: ignore[no-untyped-call]
@@ -222,9 +226,7 @@ def train(
     last: Path | None,
 ) -> dict[str, float] | None:
     """Train to the end, from the checkpoint `last` if there is one. Returns the figures, or None when paused."""
-    on_gpu = torch.cuda.is_available()
-    most = rows_on_gpu(plan.micro_batch, model.config.vocab_size, plan.max_tokens) if on_gpu else plan.micro_batch
-    micro = micro_batch(chosen.batch_size, most)
+    micro = micro_batch(chosen.batch_size, plan.micro_batch)
     steps = -(-len(training) // chosen.batch_size)
     every = min(steps, MAX_STEPS_BETWEEN_CHECKPOINTS)
     trainer = Counting(
@@ -233,13 +235,13 @@ def train(
             output_dir=str(folder.checkpoints),
             seed=plan.seed,
             data_seed=plan.seed,
-            use_cpu=not on_gpu,
-            gradient_checkpointing=on_gpu,  # a third more time for most of the activations' memory
+            use_cpu=not on_gpu(),
+            gradient_checkpointing=on_gpu(),  # a third more time for most of the activations' memory
             gradient_checkpointing_kwargs={"use_reentrant": False},
             bf16=computes_bf16(),
             num_train_epochs=chosen.n_epochs,
             per_device_train_batch_size=micro,
-            per_device_eval_batch_size=most,
+            per_device_eval_batch_size=plan.micro_batch,
             gradient_accumulation_steps=chosen.batch_size // micro,
             learning_rate=learning_rate(model.config.hidden_size, chosen.learning_rate_multiplier),
             lr_scheduler_type="cosine",

@@ -45,10 +45,12 @@ class Plan(msgspec.Struct, frozen=True):
     learning_rate_multiplier: float | Literal["auto"] = "auto"
     max_tokens: int = 1024
     lora: Lora = Lora()
-    four_bit: bool = False
-    """Load the base in 4 bits (bitsandbytes, GPU only)."""
+    revision: str = ""
+    """Of a base from the hub; empty: main."""
+    four_bit: bool | Literal["auto"] = False
+    """Load the base in 4 bits (bitsandbytes, GPU only); auto: where 16 do not fit."""
     micro_batch: int = 8
-    """Rows computed at once; the rest of a batch is accumulated."""
+    """Rows computed at once, at most; the rest of a batch is accumulated."""
 
 
 class Hyperparameters(msgspec.Struct, frozen=True):

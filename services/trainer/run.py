@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 
 from common import dataset
-from services.trainer import gate, render
+from common.sizing.cards import CannotSay
+from services.trainer import gate, render, room
 from services.trainer.events import Events
 from services.trainer.plan import (
     COMPLETE,
@@ -166,7 +167,7 @@ def main(root: Path) -> int:
     events.say("message", level="info", message="reading the files")
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(plan.base)
+    tokenizer = AutoTokenizer.from_pretrained(plan.base, revision=plan.revision or "main")
     prepared = prepare(plan, folder, tokenizer, events)
     if prepared is None:
         return DATA_AT_FAULT
@@ -177,6 +178,11 @@ def main(root: Path) -> int:
     random.seed(plan.seed)
     from services.trainer import loop
 
+    try:
+        longest = max(len(one.input_ids) for one in (*training, *validation))
+        plan = room.on_a_gpu(plan, len(tokenizer), longest) if loop.on_gpu() else room.on_a_cpu(plan)
+    except CannotSay as error:
+        sys.exit(str(error))
     events.say("ready")
     if not sys.stdin.readline():  # `go`, once the GPU is ours; nothing: the trainer is gone
         return PAUSED

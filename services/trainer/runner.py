@@ -107,7 +107,7 @@ class Runner:
         folder.pause.unlink(missing_ok=True)
         if folder.run.exists():  # trained already; a crash came before it was published
             return dict(json.loads(folder.run.read_text())["result"])
-        if quantized := checkpoint.config(self._settings.model).get("quantization_config"):
+        if quantized := checkpoint.config(self._settings.model, self._settings.model_revision).get("quantization_config"):
             method = quantized.get("quant_method", "quantised")
             text = f"The base {self._job.model} is {method}: a LoRA run needs its weights in 16 bits."
             self._end("failed", error={"code": "base_quantized", "param": "model", "message": text})
@@ -150,6 +150,7 @@ class Runner:
             {
                 "job": job.id,
                 "base": self._settings.model,
+                "revision": self._settings.model_revision,
                 "seed": job.seed,
                 "max_tokens": self._settings.train_max_tokens,
                 "training_file": str(files / job.training_file),

@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -15,13 +16,16 @@ class TrainerSettings(PlaceSettings):
     worker_token_file: Path
     trainer_token_file: Path
     jobs_url: str = Field(pattern=r"^http://", description="the jobs service, which leases jobs to this one")
-    model: str = Field(description="the checkpoint folder the workers serve")
+    model: str = Field(description="the checkpoint folder, or the hub's name, of what the workers serve")
+    model_revision: str = Field("", description="of a model from the hub; empty: main")
     served_model_name: str = Field("", description="the name clients use; default: the last part of MODEL")
     files_dir: Path
     runs_dir: Path = Field(description="one folder a job: plan, checkpoints, log, run.json")
     adapters_dir: Path = Field(description="published adapters; workers read it")
     train_max_tokens: int = Field(1024, ge=32, description="longer rows are cut")
-    train_four_bit: bool = Field(False, description="load the base in 4 bits (GPU only)")
+    train_four_bit: bool | Literal["auto"] = Field(
+        "auto", description="load the base in 4 bits (GPU only); auto: where 16 do not fit"
+    )
     train_when: str = Field(
         "idle", pattern=r"^(idle|now|([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d)$",
         description="with PLACE: when nobody was served for a minute, at once, or between two times of day (UTC)",
