@@ -60,8 +60,8 @@ def choose(
     least = lora(shape, four_bit=ways[-1], tokens=tokens, rank=rank)
     raise CannotSay(
         f"A LoRA run does not fit: the base {gib(least.base_bytes)}{' in 4 bits' if ways[-1] else ''}, the adapter "
-        f"{gib(least.adapter_bytes)}, activations {gib(least.activation_bytes)} and logits {gib(least.logits_bytes)} of "
-        f"one row of {tokens} tokens, CUDA {gib(least.fixed_bytes)} are {gib(least.total_bytes)}; "
+        f"{gib(least.adapter_bytes)}, activations {gib(least.activation_bytes)} and logits {gib(least.logits_bytes)} "
+        f"of one row of {tokens} tokens, CUDA {gib(least.fixed_bytes)} are {gib(least.total_bytes)}; "
         f"{gib(memory_bytes)} are there. Shorter rows (TRAIN_MAX_TOKENS)"
         f"{', a base in 4 bits (TRAIN_FOUR_BIT=auto)' if four_bit is False else ''} or a larger card will help."
     )

@@ -203,7 +203,7 @@ def environment(entry: Entry, models: Path, place: Place, awake: int) -> dict[st
 
 
 def visible(gpus: Sequence[int]) -> dict[str, str]:
-    """The environment that shows a program these GPUs alone, numbered as the driver does: CUDA puts the fastest first."""
+    """What shows a program these GPUs alone, numbered as the driver does: CUDA's own order is the fastest first."""
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 

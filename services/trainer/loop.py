@@ -36,7 +36,7 @@ from services.trainer.render import IGNORED, Encoded
 
 def on_gpu() -> bool:
     """Whether this run trains on one."""
-    return torch.cuda.is_available()
+    return bool(torch.cuda.is_available())
 
 
 def computes_bf16() -> bool:

@@ -107,7 +107,8 @@ class Runner:
         folder.pause.unlink(missing_ok=True)
         if folder.run.exists():  # trained already; a crash came before it was published
             return dict(json.loads(folder.run.read_text())["result"])
-        if quantized := checkpoint.config(self._settings.model, self._settings.model_revision).get("quantization_config"):
+        config = checkpoint.config(self._settings.model, self._settings.model_revision)
+        if quantized := config.get("quantization_config"):
             method = quantized.get("quant_method", "quantised")
             text = f"The base {self._job.model} is {method}: a LoRA run needs its weights in 16 bits."
             self._end("failed", error={"code": "base_quantized", "param": "model", "message": text})
