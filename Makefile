@@ -3,7 +3,7 @@
 # make key NAME=alice    one more API key                           make keys     all of them; make revoke ID=… ends one
 # make finetune DATA=questions.jsonl    your own model from your own questions (HELDOUT=file SUFFIX=name EPOCHS=3)
 # make apply   models.yaml as it is now, while the stack serves (apply-compose: for containers)
-# make restart all workers and the gateway anew, one after the other, while the stack serves
+# make restart all workers and the gateway anew, one after the other, while the stack serves (restart-compose: for containers)
 # make plan    what fits on which GPU, how fast, at what price (MODEL=org/name GPU="RTX 4090" GPUS=1 TOKENS=8192)
 # make backup  everything in one archive, while it runs             make restore FROM=…   into an empty STATE_DIR
 # make test    everything that can be tested here                   make check    linters and types
@@ -13,7 +13,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key keys revoke doctor plan apply apply-compose restart backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts check-cuda check-gpu base-images clean
+.PHONY: help up env key keys revoke doctor plan apply apply-compose restart restart-compose backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts check-cuda check-gpu base-images clean
 
 help:
 	@sed -n '1,10s/^# //p' Makefile
@@ -47,6 +47,9 @@ apply-compose: .venv-tools/.ready
 	@GPUS=$${GPUS:-$$(nvidia-smi -L 2>/dev/null | wc -l)} .venv-tools/bin/python -m services.local.compose
 	@[ ! -e /dev/nvidia0 ] || docker compose --profile without-models-yaml rm -sf worker
 	@docker compose up -d --wait && docker compose --profile without-models-yaml rm -sf worker && docker compose up -d --wait --remove-orphans
+
+restart-compose:
+	@services/local/restart-compose.sh
 
 restart: .venv/.ready
 	@$(PY) -m services.local restart

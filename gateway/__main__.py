@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -17,6 +18,7 @@ from uvicorn.supervisors import Multiprocess
 from common.settings import read_settings
 
 BACKLOG = 4096
+_OURS = secrets.token_hex(4)
 
 
 def main() -> None:
@@ -103,7 +105,7 @@ def take_over(path: Path) -> None:
 
 def waiting(path: Path) -> Path:
     """Where the socket is until we are up."""
-    return path.with_suffix(f".{os.getpid()}")
+    return path.with_suffix(f".{_OURS}")
 
 
 if __name__ == "__main__":

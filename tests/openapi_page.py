@@ -30,6 +30,7 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeCompletionRequest,
 )
 
+from common import VERSION
 from common.routes import ROUTES
 from gateway.decode import MAX_PROMPTS
 from gateway.responses import add_response_routes
@@ -75,7 +76,7 @@ def document() -> Schema:
     for add in (add_gateway_routes, add_response_routes, add_jobs_routes, add_ledger_routes):
         add(api)
     public = [route for route in api.routes if isinstance(route, APIRoute) and route.path.startswith(("/v1/", *OPEN))]
-    described = get_openapi(title="OwnGPT", version="1", openapi_version="3.1.0", routes=public)
+    described = get_openapi(title="OwnGPT", version=VERSION, openapi_version="3.1.0", routes=public)
     paths = described["paths"]
     for path, (label, _) in ROUTES.items():
         paths[path] = {"post": generation(label), **paths.get(path, {})}

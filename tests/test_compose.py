@@ -5,12 +5,16 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 
 from bench.features import first_and_second
+from bench.hosts import Streams
+from common import VERSION
 from services.local.plan import ROOT
 from tests import alloy
 from tests.containers import BASE, ENV, composed, docker, no_engine
@@ -47,6 +51,19 @@ def test_every_container_is_hardened(accelerator: str) -> None:
     assert services["nginx"]["ports"][0]["host_ip"] == "127.0.0.1"
     assert all("edge" not in services[n]["networks"] for n in ("gateway", "worker", "jobs", "ledger", "gpu_exporter", "trainer", "redis", "redis-cache"))
     assert config()["networks"]["backend"]["internal"] is True
+
+
+def test_the_next_gateway_is_the_gateway() -> None:
+    services = config("restart")["services"]
+    next_one = services["gateway-next"]
+    assert {name: value for name, value in next_one.items() if name != "profiles"} == services["gateway"]
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_images_carry_the_release(accelerator: str) -> None:
+    """After `git pull` compose finds no image of the new release, and makes it; the old one stays for a way back."""
+    images = {service["image"] for service in config("restart", ACCELERATOR=accelerator)["services"].values()}
+    assert {image.rpartition(":")[2] for image in images} == {VERSION}, images
 
 
 def test_the_monitoring_profile_is_hardened_too() -> None:
@@ -297,3 +314,58 @@ def test_each_service_survives_a_restart(containers: openai.OpenAI) -> None:
         wait_for(lambda: ready() == 1, f"ready after {service}", 180)
         time.sleep(0.5)
         assert ask(containers), service
+
+
+def made(command: str, **env: str) -> None:
+    done = subprocess.run(["make", "-s", command], cwd=ROOT, env=ENV | env, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def ids() -> dict[str, str]:
+    """The container of each service that runs; of several one."""
+    lines = docker("compose", "ps", "--format", "{{.Service}} {{.ID}}").splitlines()
+    return dict(line.split() for line in lines)
+
+
+@needs_engine
+def test_all_anew_while_it_serves(containers: openai.OpenAI) -> None:
+    """The gateway's container was away for a second or two."""
+    before = ids()
+    with Streams(SimpleNamespace(sdk=containers), MODEL) as load:  # type: ignore[arg-type]
+        made("restart-compose")
+    assert (load.failures, load.cut) == ([], 0)
+    assert len(load.took_s) > 5
+    after = ids()
+    assert {name for name in before if before[name] != after.get(name)} == {"gateway", "worker"}
+    assert set(after) == set(before)
+
+
+@needs_engine
+def test_models_yaml_is_applied_while_it_serves(containers: openai.OpenAI, tmp_path: Path) -> None:
+    """From no models.yaml to one, and to another: what is new comes up beside the old, and nobody else is touched."""
+    made_here = [ROOT / "models.compose.yaml", ROOT / "models.wanted"]
+    if any(file.exists() for file in made_here):
+        pytest.skip("this checkout has a models.compose.yaml of its own")
+    file = tmp_path / "models.yaml"
+    chosen = {"MODELS_FILE": str(file), "GPUS": "0"}
+    before = ids()
+    try:
+        ENV["COMPOSE_FILE"] = f"compose.yaml:{made_here[0].name}"
+        for tokens, gone in ((4096, "worker"), (2048, "worker-smollm2")):
+            file.write_text(f"models:\n- {{name: {MODEL}, max_tokens: {tokens}}}\n")
+            with Streams(SimpleNamespace(sdk=containers), MODEL) as load:  # type: ignore[arg-type]
+                made("apply-compose", **chosen)
+            assert (load.failures, load.cut) == ([], 0)
+            after = ids()
+            workers = [name for name in after if name.startswith("worker")]
+            assert len(workers) == 1 and workers[0].startswith("worker-smollm2")
+            assert {name for name in before if before[name] != after.get(name)} <= {
+                *(name for name in before if name.startswith(gone)), "trainer"}
+            models = {model.id: model for model in containers.models.list()}
+            assert models[MODEL].max_model_len == tokens  # type: ignore[attr-defined]
+            before = after
+    finally:
+        del ENV["COMPOSE_FILE"]
+        for one in made_here:
+            one.unlink(missing_ok=True)
+        docker("compose", "up", "-d", "--wait", "--remove-orphans")

@@ -123,6 +123,8 @@ def dial(name: str, default: str) -> str:
 
 def name_it(env: Path) -> None:
     """Let compose read the file too: COMPOSE_FILE in .env, unless it says so."""
+    if FILE.name in os.environ.get("COMPOSE_FILE", ""):
+        return
     line = f"COMPOSE_FILE=compose.yaml:{FILE.name}\n"
     said = env.read_text() if env.exists() else ""
     if FILE.name in said:
