@@ -49,8 +49,8 @@ def three_models(**second: object) -> str:
 class Streams:
     """Clients that stream from one model, one answer after the other, until they are told to stop."""
 
-    def __init__(self, up: Up, model: str = "chat", clients: int = 2, refused: str = "") -> None:
-        self.up, self.model, self.refused = up, model, refused
+    def __init__(self, up: Up, model: str = "chat", clients: int = 2, refused: str = "", pause_s: float = 0.0) -> None:
+        self.up, self.model, self.refused, self.pause_s = up, model, refused, pause_s
         self.failures: list[str] = []
         self.cut = self.told = 0
         self.took_s: list[float] = []
@@ -88,6 +88,7 @@ class Streams:
                     raise RuntimeError("the stream ended early")
                 self.took_s.append(time.monotonic() - began)
                 self.answers.append((first_at, time.monotonic()))
+                time.sleep(self.pause_s)
             except Exception as error:
                 if self.refused and self.refused in str(error):
                     self.told += 1

@@ -31,6 +31,8 @@ class Feed:
         self._on_connect = on_connect
         self.connected = False
         self.connected_at = 0.0
+        self.first = asyncio.Event()
+        """Set once it was connected, and `on_connect` has read what there is."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -44,6 +46,7 @@ class Feed:
                     if not first and not self.connected:
                         logger.info("redis is back")
                     self.connected, self.connected_at = True, time.monotonic()
+                    self.first.set()
                     first = False
                     while True:
                         # The ping notices a frozen redis, which keeps the connection open but says nothing.

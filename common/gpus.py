@@ -16,6 +16,8 @@ class Gpu(NamedTuple):
     name: str
     memory_bytes: int
     free_bytes: int
+    uuid: str = ""
+    """GPU-…, by which CUDA_VISIBLE_DEVICES may name it."""
 
 
 class Gpus(NamedTuple):
@@ -31,13 +33,19 @@ class Gpus(NamedTuple):
         return int(first) if first.isdigit() else 0
 
 
-def visible(count: int = 1) -> tuple[int, ...]:
-    """The numbers of the GPUs that this process may use: CUDA_VISIBLE_DEVICES, else the first `count`.
+def visible(found: Gpus, count: int = 1) -> tuple[int, ...]:
+    """The numbers of the GPUs that this process may use: CUDA_VISIBLE_DEVICES (numbers, UUIDs), else the first `count`.
 
-    Where that names GPUs otherwise (by UUID), the first as well: their numbers are not known.
+    The first as well where a name is of no GPU as a whole (MIG): which it is part of is not known.
     """
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return tuple(map(int, named)) if all(name.strip().isdigit() for name in named) else tuple(range(count))
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    numbers = [
+        int(name) if name.isdigit()
+        else next((at for at, gpu in enumerate(found.gpus) if name and gpu.uuid.startswith(name)), None)
+        for name in named
+    ]  # fmt: skip
+    known = tuple(number for number in numbers if number is not None)
+    return known if len(known) == len(named) else tuple(range(count))
 
 
 def look() -> Gpus:
@@ -47,7 +55,8 @@ def look() -> Gpus:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
         memories = [pynvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
         found = tuple(
-            Gpu(str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free))
+            Gpu(str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free),
+                str(pynvml.nvmlDeviceGetUUID(handle)))
             for handle, memory in zip(handles, memories, strict=True)
         )
         return Gpus(str(pynvml.nvmlSystemGetDriverVersion()), found)

@@ -2,11 +2,13 @@
 
 import argparse
 import asyncio
+import contextlib
 import os
 import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,9 @@ from uvicorn.supervisors import Multiprocess
 from common.settings import read_settings
 
 BACKLOG = 4096
+START_PATIENCE_S = 30.0
+LEFT_S = 600.0
+"""A socket that is older and was never taken over with is of a gateway that was killed in its start."""
 _OURS = secrets.token_hex(4)
 
 
@@ -46,9 +51,7 @@ def main() -> None:
     sockets = [config.bind_socket(), *([bind(args.socket)] if args.socket else [])]
     try:
         if args.processes > 1:
-            if args.socket:
-                take_over(args.socket)
-            Multiprocess(config, sockets=sockets).run()
+            Processes(config, sockets, args.socket).run()
         else:
             Server(config, args.socket).run(sockets=sockets)
     finally:
@@ -56,6 +59,19 @@ def main() -> None:
             waiting(args.socket).unlink(missing_ok=True)  # it never took over
         if counters is not None:
             shutil.rmtree(counters, ignore_errors=True)
+
+
+class Processes(Multiprocess):
+    """uvicorn's, which takes over the socket when the first of them answers."""
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], path: Path | None) -> None:
+        super().__init__(config, sockets)
+        self._path = path
+
+    def init_processes(self) -> None:
+        super().init_processes()
+        if self.processes[0].wait_until_ready(START_PATIENCE_S) and self._path is not None:
+            take_over(self._path)
 
 
 class Server(uvicorn.Server):
@@ -91,7 +107,10 @@ def bind(path: Path) -> socket.socket:
     """A unix socket that is to be at `path`; `take_over` puts it there. All who reach the folder may connect."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     partial = waiting(path)
-    partial.unlink(missing_ok=True)
+    for left in path.parent.glob(f"{path.stem}.{'?' * len(_OURS)}"):
+        with contextlib.suppress(FileNotFoundError):
+            if left.stat().st_mtime < time.time() - LEFT_S:
+                left.unlink()
     sock.bind(str(partial))
     partial.chmod(0o666)
     sock.listen(BACKLOG)

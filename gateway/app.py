@@ -49,6 +49,8 @@ from gateway.waking import Waking
 if TYPE_CHECKING:
     from gateway.tracing import Tracing
 
+WORKERS_PATIENCE_S = 2.0
+"""How long it waits for the list of workers before it takes requests."""
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Answered without a key. nginx does not let /metrics out."""
 
@@ -128,6 +130,9 @@ class Gateway:
                 repeat("tending", look_after.once, tending.TEND_EVERY_S, failures_counter(registry)), name="tend"
             ),
         ]
+        with contextlib.suppress(TimeoutError):  # with redis away it decides from what it knows: nothing yet
+            async with asyncio.timeout(WORKERS_PATIENCE_S):
+                await feed.first.wait()
         logger.info("gateway up", pid=os.getpid())
         try:
             yield

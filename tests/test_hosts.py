@@ -14,6 +14,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -30,10 +31,11 @@ from common.database import StateTooNew
 from common.gpus import Gpu, Gpus
 from common.sizing import cards, fit
 from common.sizing.cards import CannotSay
-from services.local import accelerator, catalog, compose, configs, programs, room, workers
-from services.local.catalog import Catalog, Entry, Place
+from services.local import accelerator, catalog, compose, configs, places, programs, room, workers
+from services.local.catalog import Catalog, Entry
 from services.local.configs import find_nginx, write_configs
 from services.local.errors import UserError
+from services.local.places import ASLEEP_SHARE, MOST_SHARE, Place
 from services.local.plan import ROOT, Dials, Ports, read_dials
 from services.local.running import last_words
 from services.local.state_version import STATE_VERSION, check_version
@@ -87,7 +89,7 @@ class TestModelsFile:
         found = self.read(tmp_path, "models:\n- {name: a, source: ./mine}\n- {name: b, source: org/model@v1/x}\n").models
         assert found[0].model(Path("/m")) == str(tmp_path / "mine")
         assert (found[1].model(Path("/m")), found[1].revision) == ("org/model", "v1/x")
-        env = catalog.environment(found[1], Path("/m"), Place(), 1)
+        env = places.environment(found[1], Path("/m"), Place(), 1)
         assert env == {"MODEL": "org/model", "MODEL_REVISION": "v1/x", "SERVED_MODEL_NAME": "b"}
 
     def test_dials_that_say_what_is_served_say_nothing_beside_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,46 +108,70 @@ class TestPlaces:
     def test_no_gpu_is_promised_twice(self, entries: list[Entry], count: int, awake: int) -> None:
         found = Catalog(models=entries, awake=awake)
         try:
-            dealt = catalog.deal(found, count)
+            dealt = places.deal(found, range(count))
         except UserError:
             return
         for gpu in range(count):
             always = [p.share for e in entries for p in dealt[e.name] if gpu in p.gpus and e.start == "always"]
             turning = [p.share for e in entries for p in dealt[e.name] if gpu in p.gpus and e.start == "on_demand"]
-            assert sum(always) + awake * max(turning, default=0.0) <= 0.981
+            assert sum(always) + sum(sorted(turning)[-awake:]) <= 0.981
             assert len({p.name for e in entries for p in dealt[e.name] if gpu in p.gpus}) <= 1, "one arbiter a GPU"
         assert all(len(place.gpus) == e.gpus for e in entries for place in dealt[e.name])
 
+    @given(st.lists(st.tuples(st.booleans(), st.floats(0.05, 0.98)), min_size=1, max_size=6), st.integers(1, 3))
+    def test_what_fits_is_not_refused(self, wanted: list[tuple[bool, float]], awake: int) -> None:
+        """Models of .4, .4 and .9 that take turns on one GPU were refused."""
+        entries = [entry(f"m{at}", start="on_demand" if turns else "always", gpu_memory=share) for at, (turns, share) in enumerate(wanted)]
+        needed = sum(share for turns, share in wanted if not turns) + sum(sorted(share for turns, share in wanted if turns)[-awake:])
+        try:
+            places.deal(Catalog(models=entries, awake=awake), [0])
+        except UserError:
+            assert needed > MOST_SHARE
+        else:
+            assert needed <= MOST_SHARE + 1e-6
+
+    @given(st.integers(1, 4), st.integers(0, 5), st.integers(0, 8), st.integers(1, 2))
+    def test_without_a_word_everything_fits_and_what_sleeps_has_room(self, gpus: int, always: int, turning: int, awake: int) -> None:
+        entries = [entry(f"a{at}") for at in range(always)] + [entry(f"t{at}", start="on_demand") for at in range(turning)]
+        if not entries:
+            return
+        dealt = places.deal(Catalog(models=entries, awake=awake), range(gpus))
+        for gpu in range(gpus):
+            held = [dealt[e.name][0].share for e in entries if gpu in dealt[e.name][0].gpus and e.start == "always"]
+            turns = [dealt[e.name][0].share for e in entries if gpu in dealt[e.name][0].gpus and e.start == "on_demand"]
+            asleep = max(0, len(turns) - awake) if gpus == 1 else 0
+            assert sum(held) + sum(sorted(turns)[-awake:]) + ASLEEP_SHARE * asleep <= MOST_SHARE + 0.01
+
     def test_replicas_get_a_gpu_each_and_on_demand_models_share_one(self) -> None:
         found = Catalog(models=[entry("a", replicas=2), entry("b", start="on_demand", gpu_memory=0.9), entry("c", start="on_demand", gpu_memory=0.5)])
-        dealt = catalog.deal(found, 3)
+        dealt = places.deal(found, range(3))
         assert [p.gpus for p in dealt["a"]] == [(0,), (1,)]
         assert dealt["b"][0].name == dealt["c"][0].name == "gpu-2"
-        with pytest.raises(UserError, match=r"b needs 90% of 1 GPU\(s\), and GPU 0 has"):
-            catalog.deal(found, 2)
+        with pytest.raises(UserError, match=r"b needs 90% of 1 GPU\(s\), and with it GPU 0 would hold 1"):
+            places.deal(found, range(2))
 
     def test_on_demand_models_take_turns_only_where_no_gpu_is_left(self) -> None:
         found = Catalog(models=[entry("a", start="on_demand", replicas=2), entry("b", start="on_demand")])
-        assert [[p.gpus for p in places] for places in catalog.deal(found, 4).values()] == [[(0,), (1,)], [(2,)]]
-        assert [[p.gpus for p in places] for places in catalog.deal(found, 2).values()] == [[(0,), (1,)], [(0,)]]
-        assert [[p.gpus for p in places] for places in catalog.deal(found, 1).values()] == [[(0,), (0,)], [(0,)]]
+        assert [[p.gpus for p in each] for each in places.deal(found, range(4)).values()] == [[(0,), (1,)], [(2,)]]
+        assert [[p.gpus for p in each] for each in places.deal(found, range(2)).values()] == [[(0,), (1,)], [(0,)]]
+        assert [[p.gpus for p in each] for each in places.deal(found, range(1)).values()] == [[(0,), (0,)], [(0,)]]
 
     def test_gpus_that_a_worker_holds_together_are_one_place(self) -> None:
         """A training on GPU 0 must put the engine to sleep that has GPU 0 and 1."""
         found = Catalog(models=[entry("a", gpu_memory=0.4), entry("b", gpu_memory=0.4), entry("big", gpus=2, gpu_memory=0.5)])
-        dealt = catalog.deal(found, 2)
+        dealt = places.deal(found, range(2))
         assert [dealt[name][0].gpus for name in ("a", "b", "big")] == [(0,), (1,), (0, 1)]
         assert {dealt[name][0].name for name in ("a", "b", "big")} == {"gpu-0-1"}
-        assert {places[0].name for places in catalog.deal(found, 4).values()} == {"gpu-0-1", "gpu-2", "gpu-3"}
+        assert {each[0].name for each in places.deal(found, range(4)).values()} == {"gpu-0-1", "gpu-2", "gpu-3"}
 
     def test_a_small_model_takes_its_turn_where_a_large_one_has_several_gpus(self) -> None:
         found = Catalog(models=[entry("small", start="on_demand"), entry("big", start="on_demand", gpus=2)])
-        dealt = catalog.deal(found, 2)
+        dealt = places.deal(found, range(2))
         assert (dealt["big"][0].gpus, dealt["small"][0].gpus) == ((0, 1), (0,))
         assert dealt["big"][0].name == dealt["small"][0].name == "gpu-0-1"
 
     def test_one_card_holds_several_when_nobody_says_how(self) -> None:
-        dealt = catalog.deal(Catalog(models=[entry("a"), entry("b")]), 1)
+        dealt = places.deal(Catalog(models=[entry("a"), entry("b")]), range(1))
         assert [dealt[name][0] for name in "ab"] == [Place((0,), 0.45, (0,))] * 2
 
 
@@ -223,7 +249,7 @@ class TestCompose:
         """It asked the hub's library for `main` where MODEL_REVISION was served."""
         found = Catalog(models=[entry("mine", source="org/model@abc", gpus=2)])
         by_compose = compose.document(found, 2, tmp_path)["services"]["trainer"]
-        dials = Dials(tmp_path, found, models_file=tmp_path / "models.yaml", gpus=2)
+        dials = Dials(tmp_path, found, models_file=tmp_path / "models.yaml", gpus=(0, 1))
         here = programs.trainer(dials, Ports.take(iter(range(20)), 1), found.models[0]).env
         for name, value in by_compose["environment"].items():
             assert here[name] == value, name
@@ -417,7 +443,7 @@ class TestDriver:
     ])
     def test_a_model_too_large_for_its_card_stops_the_start(self, monkeypatch: pytest.MonkeyPatch, model: str, gpu: str, says: str) -> None:
         monkeypatch.setattr(gpus, "look", lambda: self.found(name=gpu))
-        dials = Dials(Path("/s"), Catalog(models=[entry("m", source=model)]), gpus=1)
+        dials = Dials(Path("/s"), Catalog(models=[entry("m", source=model)]), gpus=(0,))
         if not says:
             room.check_gpus(dials)
             return
@@ -599,3 +625,57 @@ def test_a_socket_is_taken_over_and_who_connects_meanwhile_waits(tmp_path: Path)
                 new.close()
 
     asyncio.run(live())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_next_gateway_knows_the_workers_before_it_is_asked(tmp_path: Path, processes: int) -> None:
+    """It took over some milliseconds earlier, and refused: no worker is ready. With two processes seconds earlier."""
+    with running(tmp_path, processes=processes) as stack:
+        stack.add_worker("w1")
+        over, refused, seen = threading.Event(), list[str](), list[int]()
+
+        def ask() -> None:
+            """As nginx does, each time on a new connection."""
+            headers = {"authorization": f"Bearer {stack.key}", "connection": "close"}
+            while not over.is_set():
+                with httpx.Client(transport=httpx.HTTPTransport(verify=False, uds=str(stack.dials.gateway_socket)), headers=headers, timeout=20) as client:
+                    answer = client.post("http://gateway/v1/chat/completions", json=body("say 1"))
+                seen.append(answer.status_code)
+                if "x-accel-redirect" not in answer.headers and answer.status_code != 200:
+                    refused.append(answer.text)
+
+        clients = [threading.Thread(target=ask) for _ in range(4)]
+        for client in clients:
+            client.start()
+        old = stack.running["gateway"]
+        try:
+            port = stack.ports.workers[-1]
+            stack.spawn("gateway-next", [sys.executable, "-m", "gateway", *stack.gateway_args[2:], "--port", str(port)], stack.env("gateway"))
+            wait_for(lambda: "gateway_requests" in metrics(port) or "gateway_decisions" in metrics(port), "the next gateway up", 30)
+            time.sleep(1)
+            old.terminate()
+            assert old.wait(60) in (0, -signal.SIGTERM)  # uvicorn ends as it was told to
+            time.sleep(1)
+        finally:
+            over.set()
+            for client in clients:
+                client.join()
+        assert len(seen) > 100
+        assert refused == []
+
+
+def metrics(port: int) -> str:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    return ""
+
+
+def test_sockets_that_nobody_took_over_with_are_removed(tmp_path: Path) -> None:
+    from gateway.__main__ import LEFT_S, bind
+
+    for name, age_s in (("g.0123abcd", LEFT_S + 1), ("g.89abcdef", 0)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    bind(tmp_path / "g.sock").close()
+    assert not (tmp_path / "g.0123abcd").exists()
+    assert (tmp_path / "g.89abcdef").exists()

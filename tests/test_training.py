@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from common.gpus import Gpu, Gpus
 from common.sizing import shape
+from common.sizing.cards import CannotSay
 from services.trainer import loop, room, run
 from services.trainer.events import Events
 from services.trainer.loop import Counting, collate, micro_batch
@@ -61,7 +62,27 @@ class TestRoom:
         assert room.on_a_gpu(msgspec.structs.replace(self.plan, four_bit=False), 128_256, 300).four_bit is False
 
     def test_a_cpu_computes_in_more_bits(self) -> None:
-        assert room.on_a_cpu(self.plan) == msgspec.structs.replace(self.plan, four_bit=False)
+        for asked in ("auto", True):  # bitsandbytes is not installed there
+            plan = msgspec.structs.replace(self.plan, four_bit=asked)
+            assert room.on_a_cpu(plan) == msgspec.structs.replace(self.plan, four_bit=False)
+
+    def test_a_gpu_that_is_lost_trains_nobody_on_the_cpu(self) -> None:
+        """The engines would sleep for hours meanwhile."""
+        with pytest.raises(CannotSay, match="The GPU is lost"):
+            room.on_a_cpu(msgspec.structs.replace(self.plan, gpu=True))
+
+    def test_checkpoints_of_other_bits_are_not_gone_on_from(self, tmp_path: Path) -> None:
+        """A job that was paused for an upgrade went on in 16 bits where it had begun in 4."""
+        folder, plan = Folder(tmp_path), msgspec.structs.replace(self.plan, four_bit=True)
+        last = folder.checkpoints / "checkpoint-3"
+        assert run.resumed(plan, folder, Quiet()) is None
+        last.mkdir(parents=True)
+        (last / COMPLETE).touch()
+        assert run.resumed(msgspec.structs.replace(plan, base="/moved/base", micro_batch=1), folder, Quiet()) == last
+        said = Quiet()
+        assert run.resumed(msgspec.structs.replace(plan, four_bit=False), folder, said) is None
+        assert "four_bit True is False" in said._out.getvalue()
+        assert not last.exists()
 
     def test_a_run_that_cannot_fit_says_so_before_it_has_the_gpu(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,8 @@ BYTES_PER_TRAINED_WEIGHT = 16
 """The weight, its gradient and Adam's two moments, each in fp32."""
 NF4_BYTES_PER_WEIGHT = 0.53
 """4 bits and doubly quantised scales (QLoRA, Dettmers et al. 2023: 0.127 bits a weight for the scales)."""
+SURE = 0.9
+"""Of a card: what is estimated to need no more of it is taken to fit where there is another way."""
 LOGITS_PEAK = 3.0
 """Times the fp32 logits of a micro batch at the peak of a step, measured (docs/log.md)."""
 
@@ -49,17 +51,17 @@ def choose(
 ) -> tuple[bool, int]:
     """(base in 4 bits, rows of `tokens` computed at once) of a run on a card of its own: at most `most` rows.
 
-    `four_bit` None: in 16 bits where they fit, for that is how the base is served. Raises CannotSay with what is
+    `four_bit` None: in 16 bits where they surely fit, for that is how the base is served. Raises CannotSay with what is
     missing when not even one row fits.
     """
-    ways = (four_bit,) if four_bit is not None else (False, True)
-    for bits in ways:
+    ways = ((four_bit, 1.0),) if four_bit is not None else ((False, SURE), (True, 1.0))
+    for bits, share in ways:
         for rows in range(most, 0, -1):
-            if lora(shape, four_bit=bits, tokens=tokens, rows=rows, rank=rank).total_bytes <= memory_bytes:
+            if lora(shape, four_bit=bits, tokens=tokens, rows=rows, rank=rank).total_bytes <= share * memory_bytes:
                 return bits, rows
-    least = lora(shape, four_bit=ways[-1], tokens=tokens, rank=rank)
+    least = lora(shape, four_bit=ways[-1][0], tokens=tokens, rank=rank)
     raise CannotSay(
-        f"A LoRA run does not fit: the base {gib(least.base_bytes)}{' in 4 bits' if ways[-1] else ''}, the adapter "
+        f"A LoRA run does not fit: the base {gib(least.base_bytes)}{' in 4 bits' if ways[-1][0] else ''}, the adapter "
         f"{gib(least.adapter_bytes)}, activations {gib(least.activation_bytes)} and logits {gib(least.logits_bytes)} "
         f"of one row of {tokens} tokens, CUDA {gib(least.fixed_bytes)} are {gib(least.total_bytes)}; "
         f"{gib(memory_bytes)} are there. Shorter rows (TRAIN_MAX_TOKENS)"

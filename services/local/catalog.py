@@ -1,16 +1,16 @@
-"""models.yaml: what this stack serves, one entry a model. Read, checked, and made into the environments of workers.
+"""models.yaml: what this stack serves, one entry a model: read and checked.
 
-`make up` and compose get the same entries (`programs.py`, `compose.py`). Without the file there is one entry, made
+`make up` and compose get the same entries (`places.py` says where each runs). Without the file there is one entry, made
 of MODEL and WORKERS. Its JSON schema for editors is made from the classes here: `python -m services.local.catalog`.
 """
 
 import json
 import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import msgspec
 import yaml
@@ -24,11 +24,6 @@ SCHEMA = Path(__file__).parent / "models.schema.json"
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _UNKNOWN = re.compile(r"unknown field `(.+)`")
 _FIELD = re.compile(r"\.(\w+)|\[(\d+)\]")
-MOST_SHARE = 0.98
-"""Of a GPU's memory that all engines on it may take together."""
-USUAL_SHARE = 0.90
-"""What engines on a GPU take together when nobody says."""
-
 Text = Annotated[str, Meta(min_length=1)]
 
 
@@ -165,117 +160,6 @@ def _line(root: yaml.Node | None, field: str) -> int:
         else:
             break
     return line
-
-
-class Place(NamedTuple):
-    """Where one worker runs: the GPUs it may see, and its share of their memory. On a CPU: none."""
-
-    gpus: tuple[int, ...] = ()
-    share: float = 0.0
-    shared: tuple[int, ...] = ()
-    """Its GPUs and those that hang together with them, by a worker that runs on several."""
-
-    @property
-    def name(self) -> str:
-        """Whose on_demand models take turns, and which a training takes as a whole."""
-        return "gpu-" + "-".join(map(str, self.shared)) if self.gpus else "cpu"
-
-
-def environment(entry: Entry, models: Path, place: Place, awake: int) -> dict[str, str]:
-    """What the worker of an entry is told beside what all are told; only what the entry says."""
-    attached = entry.engine == "attached"
-    found: dict[str, Any] = {
-        "ENGINE": "attached" if attached else "", "ENGINE_URL": entry.url,
-        "MODEL": "" if attached else entry.model(models), "MODEL_REVISION": entry.revision,
-        "SERVED_MODEL_NAME": entry.name, "MAX_MODEL_LEN": entry.max_tokens or "", "MAX_NUM_SEQS": entry.sequences or "",
-        "MAX_LORAS": "" if entry.adapters and entry.task == "chat" else 0, "ENGINE_ARGS": entry.arguments,
-    }
-    if place.gpus:
-        found |= {"GPU_MEMORY_UTILIZATION": place.share, "TENSOR_PARALLEL_SIZE": len(place.gpus)} | visible(place.gpus)
-    elif entry.kv_cache_gib is not None:
-        found["KV_CACHE_GIB"] = entry.kv_cache_gib
-    if entry.start == "on_demand":
-        found |= {"ON_DEMAND": "true", "AWAKE_AT_ONCE": awake}
-    if (entry.start == "on_demand" or place.gpus) and not attached:
-        found["PLACE"] = place.name
-    # An empty revision is said, too: else that of another model would be taken over from the environment.
-    return {name: str(value) for name, value in found.items() if value != "" or name == "MODEL_REVISION"}
-
-
-def visible(gpus: Sequence[int]) -> dict[str, str]:
-    """What shows a program these GPUs alone, numbered as the driver does: CUDA's own order is the fastest first."""
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-
-
-def deal(catalog: Catalog, gpus: int) -> dict[str, list[Place]]:
-    """Where each entry's replicas run, by name; without GPUs all on the CPU. Raises UserError when there are too few.
-
-    The emptiest GPUs. `on_demand` models of one GPU take turns: they need `awake` times the largest share.
-    """
-    dealt: dict[str, list[Place]] = {entry.name: [Place()] * entry.replicas for entry in catalog.models}
-    ours = [entry for entry in catalog.models if entry.engine == "vllm"]
-    if not gpus or not ours:
-        return dealt
-    usual = _usual_share(catalog, ours, gpus)
-    free = [MOST_SHARE + 1e-9] * gpus
-    turns: Turns = {}
-    for entry in sorted(ours, key=lambda entry: (entry.start != "always", -entry.gpus)):  # the sort is stable
-        share, dealt[entry.name] = entry.gpu_memory or usual, []
-        for _ in range(entry.replicas):
-            mine = {place.gpus for place in dealt[entry.name]}
-            fit, more = _place(entry, share, free, turns, catalog.awake, mine)
-            for gpu in fit:
-                free[gpu] -= more
-            if entry.start == "on_demand":
-                turns.setdefault(fit, []).append(share)
-            dealt[entry.name].append(Place(fit, share))
-    whole = _hang_together(place.gpus for entry in ours for place in dealt[entry.name])
-    for entry in ours:
-        dealt[entry.name] = [place._replace(shared=whole[place.gpus[0]]) for place in dealt[entry.name]]
-    return dealt
-
-
-Turns = dict[tuple[int, ...], list[float]]
-"""Shares of the on_demand workers that take turns, by their GPUs."""
-
-
-def _place(
-    entry: Entry, share: float, free: Sequence[float], turns: Turns, awake: int, mine: Collection[tuple[int, ...]]
-) -> tuple[tuple[int, ...], float]:
-    """(GPUs for a worker, what it takes of each): the emptiest; else one's turn at GPUs that others share.
-
-    `mine`: where replicas of it are, with whom it takes turns only where there is no other place.
-    """
-    on_demand = entry.start == "on_demand"
-    needed = share * awake if on_demand else share
-    able = [gpu for gpu, left in enumerate(free) if left >= needed]
-    found = tuple(sorted(sorted(able, key=lambda gpu: (-free[gpu], gpu))[: entry.gpus]))  # the emptiest: replicas apart
-    if len(found) == entry.gpus:
-        return found, needed
-    if on_demand:
-        for fit, shares in sorted(turns.items(), key=lambda item: (item[0][: entry.gpus] in mine, len(item[1]))):
-            part, more = fit[: entry.gpus], max(0.0, share - max(shares)) * awake
-            if len(part) == entry.gpus and all(free[gpu] >= more for gpu in part):
-                return part, more
-    left = ", ".join(f"GPU {gpu} has {left:.0%} left" for gpu, left in enumerate(free))
-    raise UserError(f"models.yaml: {entry.name} needs {share:.0%} of {entry.gpus} GPU(s), and {left}. "
-                    "Lower gpu_memory or replicas, or let models start on_demand.")
-
-
-def _hang_together(sets: Iterable[tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
-    """Of each GPU all those that it hangs together with: a worker on 0 and 1 shares memory with one on 0, one on 1."""
-    whole: dict[int, tuple[int, ...]] = {}
-    for gpus in sets:
-        joined = tuple(sorted({other for gpu in gpus for other in whole.get(gpu, (gpu,))}))
-        whole |= dict.fromkeys(joined, joined)
-    return whole
-
-
-def _usual_share(catalog: Catalog, ours: Sequence[Entry], gpus: int) -> float:
-    """What an entry without `gpu_memory` takes: USUAL_SHARE, divided by the engines that a GPU must hold at once."""
-    always = sum(entry.replicas * entry.gpus for entry in ours if entry.start == "always")
-    turning = catalog.awake if any(entry.start == "on_demand" for entry in ours) else 0
-    return round(USUAL_SHARE / max(1, -(-(always + turning) // gpus)), 3)
 
 
 def schema() -> str:

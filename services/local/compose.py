@@ -15,9 +15,10 @@ import msgspec
 import yaml
 
 from common.files import write_whole
-from services.local import catalog
-from services.local.catalog import Catalog, Entry, Place
+from services.local import catalog, places
+from services.local.catalog import Catalog, Entry
 from services.local.errors import UserError
+from services.local.places import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "models.compose.yaml"
@@ -44,12 +45,12 @@ def document(found: Catalog, gpus: int, own: Path, file: str = "./models.yaml") 
     Raises UserError for a folder that containers cannot see, and when there are too few GPUs.
     """
     services: dict[str, Any] = {"worker": {"profiles": ["without-models-yaml"]}}
-    places = catalog.deal(found, gpus)
+    dealt = places.deal(found, range(gpus))
     for entry in found.models:
         inside = _in_container(entry, own)
-        for number, place in enumerate(places[entry.name], 1):
-            env = catalog.environment(inside, IN_IMAGE, place, found.awake)
-            for name in catalog.visible(()):
+        for number, place in enumerate(dealt[entry.name], 1):
+            env = places.environment(inside, IN_IMAGE, place, found.awake)
+            for name in places.visible(()):
                 env.pop(name, None)  # the container has no others
             mark = sha256(repr(sorted(env.items())).encode() + repr(place).encode()).hexdigest()[:4]
             services[f"worker-{entry.slug}-{number}-{mark}"] = _service(env, place)
@@ -58,7 +59,7 @@ def document(found: Catalog, gpus: int, own: Path, file: str = "./models.yaml") 
     trained = found.trained
     services["trainer"] = (
         {"profiles": ["without-models-yaml"]} if trained is None
-        else _trainer(_in_container(trained, own), places[trained.name][0])
+        else _trainer(_in_container(trained, own), dealt[trained.name][0])
     )
     return {"services": services}
 

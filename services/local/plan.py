@@ -32,8 +32,8 @@ class Dials:
     catalog: Catalog = ONE_BUNDLED
     models_file: Path | None = None
     """Where the catalog was read; None: it is made of MODEL and WORKERS."""
-    gpus: int = 0
-    """GPUs to be used; 0: the CPU."""
+    gpus: tuple[int, ...] = ()
+    """Numbers of the GPUs to be used; none: the CPU."""
     port: int = 8080
     host: str = "127.0.0.1"
     tls: Path | None = None
@@ -153,13 +153,16 @@ def _one_model() -> Catalog:
     return Catalog(models=[entry])
 
 
-def gpus_to_use() -> int:
-    """How many GPUs there are to be used; 0: the CPU. Raises UserError for ACCELERATOR=cuda without one."""
+def gpus_to_use() -> tuple[int, ...]:
+    """The GPUs to be used, all that CUDA_VISIBLE_DEVICES shows; none: the CPU.
+
+    Raises UserError for ACCELERATOR=cuda without one.
+    """
     asked = os.environ.get("ACCELERATOR") or "auto"
     if asked not in ("auto", "cpu", "cuda"):
         raise UserError(f"ACCELERATOR={asked}: auto, cpu or cuda.")
     if asked == "cpu" or (asked == "auto" and not installed_for_cuda()):
-        return 0
+        return ()
     if not installed_for_cuda():
         raise UserError("ACCELERATOR=cuda, and vLLM's CPU build is installed: rm -rf .venv, then make up again.")
     try:
@@ -168,7 +171,7 @@ def gpus_to_use() -> int:
         raise UserError(f"The NVIDIA driver does not answer ({error}); without a GPU: ACCELERATOR=cpu") from error
     if not found.gpus:
         raise UserError("The NVIDIA driver knows no GPU; without one: ACCELERATOR=cpu")
-    return len(found.gpus)
+    return gpus.visible(found, len(found.gpus))
 
 
 def installed_for_cuda() -> bool:

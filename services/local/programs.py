@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.local import catalog
+from services.local import places
 from services.local.catalog import Entry
 from services.local.configs import find_exporter, find_nginx
 from services.local.plan import ROOT, Dials, Ports
@@ -154,8 +154,8 @@ def trainer(dials: Dials, ports: Ports, base: Entry) -> Program:
 
 def trains_on(dials: Dials, base: Entry) -> dict[str, str]:
     """The first GPU of the model that is trained, whose engines sleep meanwhile. On a CPU: with TRAIN_ALONE."""
-    place = catalog.deal(dials.catalog, dials.gpus)[base.name][0]
-    return catalog.visible(place.gpus[:1]) | {"PLACE": place.name} if place.gpus else {}
+    place = places.deal(dials.catalog, dials.gpus)[base.name][0]
+    return places.visible(place.gpus[:1]) | {"PLACE": place.name} if place.gpus else {}
 
 
 def prometheus_server(program: str, dials: Dials, ports: Ports) -> Program:

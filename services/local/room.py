@@ -9,8 +9,8 @@ from common import checkpoint, gpus
 from common.sizing import fit
 from common.sizing.cards import CannotSay
 from common.sizing.memory import Serving
-from services.local import catalog
 from services.local import model as bundled
+from services.local import places
 from services.local.catalog import BUNDLED, Entry
 from services.local.errors import UserError
 from services.local.plan import Dials
@@ -60,9 +60,9 @@ def check_gpus(dials: Dials) -> None:
     try:
         found = gpus.look()
         fit.check_driver(found)
-        places = catalog.deal(dials.catalog, dials.gpus)
+        dealt = places.deal(dials.catalog, dials.gpus)
         for entry in dials.catalog.models:
-            for place in places[entry.name]:
+            for place in dealt[entry.name]:
                 if entry.engine == "vllm" and place.gpus and not entry.arguments:
                     how = Serving(len(place.gpus), place.share, entry.max_tokens, entry.sequences, 4 * entry.adapters)
                     fit.check_model(found, place.gpus, entry.model(dials.models), entry.revision, how)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from common.files import write_whole
-from services.local import catalog
+from services.local import places
 from services.local.catalog import Entry
 from services.local.plan import Dials
 
@@ -38,11 +38,11 @@ class Wanted(NamedTuple):
 
 def wanted(dials: Dials) -> list[Wanted]:
     """What models.yaml, or MODEL and WORKERS, ask for. Raises UserError when the GPUs are too few."""
-    found, places = [], catalog.deal(dials.catalog, dials.gpus)
+    found, dealt = [], places.deal(dials.catalog, dials.gpus)
     cores = cpu_slices(dials.always) if dials.models_file is None and not dials.gpus else []
     for entry in dials.catalog.models:
-        for number, place in enumerate(places[entry.name]):
-            env = catalog.environment(entry, dials.models, place, dials.catalog.awake)
+        for number, place in enumerate(dealt[entry.name]):
+            env = places.environment(entry, dials.models, place, dials.catalog.awake)
             if cores and cores[number]:
                 env["CPU_THREADS_BIND"] = cores[number]
             found.append(Wanted("worker" if dials.models_file is None else f"worker-{entry.slug}", entry, env))

@@ -42,6 +42,7 @@ class Place:
     def __init__(self, redis: Redis, settings: TrainerSettings) -> None:
         self._redis, self._settings = redis, settings
         self._member = f"trainer-{secrets.token_hex(4)}"  # another trainer is another member
+        self._stage: Stage = "asleep"
 
     @contextlib.contextmanager
     def taken(self, still: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
@@ -51,26 +52,27 @@ class Place:
             return
         self._await_idle(still, say)
         say("waiting for the GPU: engines finish what they have, and sleep")
+        self._stage = "asleep"
         over = threading.Event()
         keeping = threading.Thread(target=self._keep, args=(over,), daemon=True)
+        keeping.start()  # by itself: whatever else is slow, it is not forgotten
         try:
-            while not self._say("asleep"):
+            while not self._say():
                 still()
                 time.sleep(ASK_EVERY_S)
+            self._stage = "awake"
             say("the engines sleep; training")
-            keeping.start()  # by itself: whatever else is slow, the place is not forgotten
             yield
         finally:
             over.set()
-            if keeping.ident is not None:
-                keeping.join()
+            keeping.join()
             with contextlib.suppress(RedisError, OSError):  # else it is forgotten after a while
                 self._redis.eval(*places.call(self._settings.shared_place, self._saying("asleep", wants=False)))
 
     def _keep(self, over: threading.Event) -> None:
-        """Say that it is worked, until it is over."""
+        """Say how it is, until it is over."""
         while not over.wait(SAY_EVERY_S):
-            self._say("awake")
+            self._say()
 
     def _await_idle(self, still: Callable[[], None], say: Callable[[str], None]) -> None:
         """With TRAIN_WHEN=idle: until nobody was served for IDLE_S."""
@@ -100,10 +102,11 @@ class Place:
         beats = [msgspec.json.decode(raw, type=Heartbeat) for raw in raws if raw]
         return sum(beat.interactive for beat in beats), sum(beat.prompt_tokens for beat in beats)
 
-    def _say(self, stage: Stage) -> bool:
+    def _say(self) -> bool:
         """Whether it is ours. While redis is away everything stays as it is."""
         try:
-            reply: Any = self._redis.eval(*places.call(self._settings.shared_place, self._saying(stage, wants=True)))
+            saying = self._saying(self._stage, wants=True)
+            reply: Any = self._redis.eval(*places.call(self._settings.shared_place, saying))
         except (RedisError, OSError) as error:
             logger.warning("whose turn it is cannot be asked", error=str(error) or type(error).__name__)
             return False

@@ -49,6 +49,8 @@ class Plan(msgspec.Struct, frozen=True):
     """Of a base from the hub; empty: main."""
     four_bit: bool | Literal["auto"] = False
     """Load the base in 4 bits (bitsandbytes, GPU only); auto: where 16 do not fit."""
+    gpu: bool = False
+    """Whether it has a GPU to train on."""
     micro_batch: int = 8
     """Rows computed at once, at most; the rest of a batch is accumulated."""
 
@@ -94,6 +96,8 @@ class Folder:
         self.checkpoints = root / "checkpoints"
         self.adapter = root / "adapter"
         self.run = root / "run.json"
+        self.begun = root / "begun.json"
+        """What its checkpoints were made with."""
         self.metrics = root / "step_metrics.csv"
         self.log = root / "log.txt"
         self.lock = root / "lock"

@@ -10,8 +10,10 @@ from services.trainer.plan import Plan, rows_on_gpu
 
 
 def on_a_cpu(plan: Plan) -> Plan:
-    """The plan in the bits that the CPU computes in."""
-    return msgspec.structs.replace(plan, four_bit=plan.four_bit is True)
+    """The plan in the bits that the CPU computes in. Raises CannotSay where engines have given a GPU free for it."""
+    if plan.gpu:
+        raise CannotSay("The GPU is lost: PyTorch finds none (nvidia-smi, the driver's log). Engines have theirs back.")
+    return msgspec.structs.replace(plan, four_bit=False)
 
 
 def on_a_gpu(plan: Plan, vocabulary: int, tokens: int) -> Plan:
@@ -24,7 +26,8 @@ def on_a_gpu(plan: Plan, vocabulary: int, tokens: int) -> Plan:
     four_bit = None if plan.four_bit == "auto" else plan.four_bit
     try:
         known = shape.of_config(checkpoint.config(plan.base, plan.revision), plan.base)
-        memory_bytes = gpus.look().gpus[gpus.visible()[0]].memory_bytes - memory.ASLEEP_BYTES
+        found = gpus.look()
+        memory_bytes = found.gpus[gpus.visible(found)[0]].memory_bytes - memory.ASLEEP_BYTES
     except (CannotSay, gpus.GpusAway, IndexError) as error:
         logger.warning("whether the run fits is not known", error=str(error))
         bits, rows = four_bit is not False, most

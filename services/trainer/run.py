@@ -8,6 +8,7 @@ checkpoint, with the same result as an unbroken run: order, dropout, optimizer a
 import fcntl
 import hashlib
 import importlib.metadata
+import json
 import platform
 import random
 import shutil
@@ -158,6 +159,22 @@ def clean(checkpoints: Path) -> Path | None:
     return next((path for path in reversed(found) if path.exists()), None)
 
 
+def resumed(plan: Plan, folder: Folder, events: Events) -> Path | None:
+    """The checkpoint to go on from; none of another base, other bits or other rows, whose losses are not comparable."""
+    now = {
+        "base": Path(plan.base).name, "revision": plan.revision,
+        "four_bit": plan.four_bit, "max_tokens": plan.max_tokens,
+    }  # fmt: skip
+    before = json.loads(folder.begun.read_text()) if folder.begun.exists() else now
+    if before != now:
+        changed = ", ".join(f"{name} {before[name]!r} is {now[name]!r}" for name in now if before[name] != now[name])
+        events.say("message", level="warn", message=f"It begins anew, for what it began with has changed: {changed}")
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        folder.metrics.unlink(missing_ok=True)
+    write_json(folder.begun, now)
+    return clean(folder.checkpoints)
+
+
 def main(root: Path) -> int:
     """The run. Returns the exit status."""
     folder, events = Folder(root), Events()
@@ -174,7 +191,6 @@ def main(root: Path) -> int:
     training, validation = prepared
     chosen = resolve(plan, len(training))
     events.say("resolved", **msgspec.to_builtins(chosen))
-    last = clean(folder.checkpoints)
     random.seed(plan.seed)
     from services.trainer import loop
 
@@ -183,6 +199,7 @@ def main(root: Path) -> int:
         plan = room.on_a_gpu(plan, len(tokenizer), longest) if loop.on_gpu() else room.on_a_cpu(plan)
     except CannotSay as error:
         sys.exit(str(error))
+    last = resumed(plan, folder, events)
     events.say("ready")
     if not sys.stdin.readline():  # `go`, once the GPU is ours; nothing: the trainer is gone
         return PAUSED

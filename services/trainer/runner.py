@@ -156,6 +156,7 @@ class Runner:
                 "max_tokens": self._settings.train_max_tokens,
                 "training_file": str(files / job.training_file),
                 "four_bit": self._settings.train_four_bit,
+                "gpu": self._settings.shared_place.startswith("gpu-"),
                 "validation_file": str(files / job.validation_file) if job.validation_file else None,
                 **job.hyperparameters,
             },

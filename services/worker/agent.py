@@ -162,7 +162,7 @@ class Agent:
         deadline = time.monotonic() + (0.0 if self._turns is None else ROOM_S)
         while True:
             try:
-                return preflight.check_free(self._settings)
+                return await asyncio.to_thread(preflight.check_free, self._settings)  # a driver may take seconds
             except CannotSay as error:
                 if time.monotonic() >= deadline:
                     raise EngineDied(str(error)) from error

@@ -22,13 +22,16 @@ def check(settings: WorkerSettings) -> None:
         settings.tensor_parallel_size, settings.gpu_memory_utilization, settings.max_model_len, settings.max_num_seqs,
         settings.max_loras if settings.adapters_dir is not None else 0,
     )
-    fit.check_model(found, gpus.visible(settings.tensor_parallel_size), settings.model, settings.model_revision, how)
+    ours = gpus.visible(found, settings.tensor_parallel_size)
+    fit.check_model(found, ours, settings.model, settings.model_revision, how)
 
 
 def check_free(settings: WorkerSettings) -> None:
     """Raise CannotSay when others have the memory that the engine is to take; asked just before it starts."""
     if settings.accelerator == "cuda" and settings.engine == "vllm":
         try:
-            fit.check_free(gpus.look(), gpus.visible(settings.tensor_parallel_size), settings.gpu_memory_utilization)
+            found = gpus.look()
+            ours = gpus.visible(found, settings.tensor_parallel_size)
+            fit.check_free(found, ours, settings.gpu_memory_utilization)
         except gpus.GpusAway as error:
             raise CannotSay(f"The NVIDIA driver does not answer: {error}") from error

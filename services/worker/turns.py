@@ -66,6 +66,7 @@ class Turns:
             if stage == self._stage:  # else it is about what was
                 self._heart.beat.held = "training" if turn.taken else ""
                 if stage == "asleep" and wants and turn.holds:
+                    self._stage = "waking"  # it has its place, also when nobody wishes for it any more
                     self._may_wake.set()
                 elif stage == "awake" and turn.asked:
                     self._must_sleep.set()

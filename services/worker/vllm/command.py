@@ -120,7 +120,8 @@ def sequences(settings: WorkerSettings) -> int:
 def gpu_name() -> str:
     """The name of the first GPU, as the driver says it; empty when no driver answers."""
     try:
-        return gpus.look().gpus[gpus.visible()[0]].name
+        found = gpus.look()
+        return found.gpus[gpus.visible(found)[0]].name
     except (gpus.GpusAway, IndexError):
         return ""
 
