@@ -44,12 +44,10 @@ apply: .venv/.ready
 	@python3 -m venv .venv-tools && .venv-tools/bin/pip install -q -c constraints.txt msgspec pyyaml && touch $@
 
 apply-compose: .venv-tools/.ready
-	@GPUS=$${GPUS:-$$(nvidia-smi -L 2>/dev/null | wc -l)} .venv-tools/bin/python -m services.local.compose
-	@[ ! -e /dev/nvidia0 ] || docker compose --profile without-models-yaml rm -sf worker
-	@docker compose up -d --wait && docker compose --profile without-models-yaml rm -sf worker && docker compose up -d --wait --remove-orphans
+	@services/local/compose.sh apply
 
 restart-compose:
-	@services/local/restart-compose.sh
+	@services/local/compose.sh restart
 
 restart: .venv/.ready
 	@$(PY) -m services.local restart

@@ -299,8 +299,17 @@ class TestCompose:
             compose.name_it(env)
         assert env.read_text() == "PORT=1\nCOMPOSE_FILE=compose.yaml:models.compose.yaml\n"
         env.write_text("COMPOSE_FILE=x.yaml\n")
-        with pytest.raises(UserError, match="COMPOSE_FILE"):
+        with pytest.raises(UserError, match=r"COMPOSE_FILE=x\.yaml"):
             compose.name_it(env)
+        env.write_text("#COMPOSE_FILE=compose.yaml:models.compose.yaml\n")  # says nothing
+        compose.name_it(env)
+        assert env.read_text().splitlines()[1:] == ["COMPOSE_FILE=compose.yaml:models.compose.yaml"]
+
+    def test_a_compose_file_of_the_shell_that_lacks_it_is_refused(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Compose would have read the other file alone, and the only worker was removed."""
+        monkeypatch.setenv("COMPOSE_FILE", "compose.yaml")
+        with pytest.raises(UserError, match=r"add :models\.compose\.yaml"):
+            compose.name_it(tmp_path / ".env")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import time
+import xmlrpc.client
 from collections.abc import Iterator
 
 import httpx
@@ -13,6 +14,9 @@ import openai
 import pytest
 
 from bench.hosts import Streams, local, three_models
+from services.local.apply import NEXT_GATEWAY
+from services.local.commands import running_stack
+from services.local.programs import gateway
 from tests.harness import wait_for
 from tests.up import Up, started
 
@@ -138,3 +142,22 @@ def test_everything_is_started_anew_and_nothing_fails(up: Up) -> None:
     assert up.program_pid("gateway") != before["gateway"]
     assert up.program_pid("worker-chat-2") != before["worker-chat-1"]
     assert up.ask("Say hello.", model="chat")
+
+
+def test_a_restart_that_was_broken_off_is_finished_by_the_next_change(up: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next gateway had the socket; `make apply` removed it, and nobody had started the gateway again."""
+    monkeypatch.setenv("STATE_DIR", str(up.state))
+    with running_stack() as stack:
+        extra = gateway(stack._dials, stack._free_port(), NEXT_GATEWAY)
+        stack._configure(stack.workers, [extra])
+        stack._await_gateway(NEXT_GATEWAY, extra)
+        stack._supervisor.stopProcessGroup("gateway")  # and here it was broken off
+    with Streams(up, clients=1) as load:
+        done = local(up, "apply")
+        time.sleep(1)
+    assert done.returncode == 0, done.stderr
+    assert "broken off" in done.stdout
+    assert load.failures == []
+    assert up.ask("Say hello.", model="chat")
+    with pytest.raises(xmlrpc.client.Fault, match="BAD_NAME"):
+        up.program_pid(NEXT_GATEWAY)

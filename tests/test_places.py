@@ -163,6 +163,23 @@ class TestTraining:
             assert not place.say("engine", kind="always").holds
         assert place.say("engine", kind="always").holds
 
+    def test_its_turn_is_kept_however_slow_the_jobs_service_is(
+        self, place: Place, trainer: TrainersPlace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A lease that took ten seconds to keep lost the turn, and engines woke and slept in turns."""
+        monkeypatch.setattr(places, "FORGOTTEN_S", 0.2)
+        monkeypatch.setattr(trainers_place, "SAY_EVERY_S", 0.02)
+        place.say("engine", kind="always", stage="awake")
+        waited: list[bool] = []
+
+        def still() -> None:
+            time.sleep(0.5)
+            waited.append(place.say("other", kind="always").taken)
+            place.say("other", kind="always", wants=False)
+
+        with trainer.taken(still, lambda _: None):
+            assert waited == [True]
+
     def test_what_ends_the_waiting_or_the_run_gives_it_free(self, place: Place, trainer: TrainersPlace) -> None:
         place.say("engine", kind="always", stage="awake")
 

@@ -43,6 +43,7 @@ class Stack:
 
     def apply(self, *, anew: bool = False) -> Change:
         """What models.yaml says; with `anew` every worker is replaced. Raises UserError."""
+        self._finish_gateway()
         change = workers.change(self.workers, workers.wanted(self._dials), self._free_ports(), anew=anew)
         if self._dials.gpus:  # engines take what their card has, so all that leave make room for all that come
             if change.new or change.old:
@@ -66,6 +67,7 @@ class Stack:
 
     def restart_gateway(self) -> None:
         """Another one takes its place, and gives it back to a new one of the old name."""
+        self._finish_gateway()
         extra = gateway(self._dials, self._free_port(), NEXT_GATEWAY)
         self._say("gateway: the next one comes up")
         self._configure(self.workers, [extra])
@@ -74,10 +76,24 @@ class Stack:
         except UserError:
             self._configure(self.workers)
             raise
+        self._gateway_anew()
+        self._configure(self.workers)
+
+    def _gateway_anew(self) -> None:
         with self._faults():
             self._supervisor.stopProcessGroup("gateway")
             self._supervisor.startProcess("gateway")
         self._await_gateway("gateway", gateway(self._dials, self._ports.gateway))
+
+    def _finish_gateway(self) -> None:
+        """A restart that was broken off left the next gateway: it has the socket if it was started last."""
+        with self._faults():
+            known = {each["name"]: each for each in self._supervisor.getAllProcessInfo()}
+        if (left := known.get(NEXT_GATEWAY)) is None:
+            return
+        if known["gateway"]["statename"] != "RUNNING" or left["start"] >= known["gateway"]["start"]:
+            self._say("gateway: a restart that was broken off is finished first")
+            self._gateway_anew()
         self._configure(self.workers)
 
     def _replace(self, new: list[Worker], old: list[Worker]) -> None:

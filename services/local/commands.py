@@ -111,9 +111,9 @@ def apply_models() -> None:
 def restart_all() -> None:
     """Start every worker and the gateway anew, one after the other, while the stack serves."""
     with running_stack() as stack:
-        change = stack.apply(anew=True)
-        stack.restart_gateway()
         stack.reload_certificate()
+        stack.restart_gateway()
+        change = stack.apply(anew=True)
     console.print(f"started anew: {len(change.new)} worker(s), the gateway.")
 
 

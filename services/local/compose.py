@@ -1,6 +1,6 @@
 """models.yaml for compose: a file beside compose.yaml with one service a worker. `python -m services.local.compose`.
 
-Needs PyYAML and msgspec alone, so that a host with Docker needs no more (`make apply` makes a small environment there).
+Needs PyYAML and msgspec alone, so that a host with Docker needs no more: `make apply-compose` makes an environment.
 A changed entry is a service of another name: compose starts it beside the old one; `--remove-orphans` then ends that.
 """
 
@@ -25,7 +25,7 @@ FILE = ROOT / "models.compose.yaml"
 WANTED = ROOT / "models.wanted"
 IN_IMAGE = Path("/models")
 OWN = Path("/models/own")
-HEAD = "# Made from models.yaml by `make apply`; change that file, not this one. COMPOSE_FILE in .env names it.\n"
+HEAD = "# Made from models.yaml by `make apply-compose`; change that file, not this one. COMPOSE_FILE names it.\n"
 
 
 class Override(dict[str, Any]):
@@ -113,25 +113,22 @@ def text(path: Path, gpus: int, own: Path) -> str:
     return HEAD + yaml.dump(made, Dumper=Dumper, sort_keys=False, width=120)
 
 
-def dial(name: str, default: str) -> str:
+def dial(name: str, default: str, env: Path = ROOT / ".env") -> str:
     """A dial from the environment or from .env."""
     if name in os.environ:
         return os.environ[name] or default
-    env = ROOT / ".env"
     said = re.findall(rf"^{name}=(.*)$", env.read_text(), re.M) if env.exists() else []
     return (said[-1].strip().strip("\"'") if said else "") or default
 
 
 def name_it(env: Path) -> None:
     """Let compose read the file too: COMPOSE_FILE in .env, unless it says so."""
-    if FILE.name in os.environ.get("COMPOSE_FILE", ""):
-        return
     line = f"COMPOSE_FILE=compose.yaml:{FILE.name}\n"
     said = env.read_text() if env.exists() else ""
-    if FILE.name in said:
+    if chosen := dial("COMPOSE_FILE", "", env):
+        if FILE.name not in chosen:
+            raise UserError(f"COMPOSE_FILE={chosen} (the environment or {env}): add :{FILE.name} to it.")
         return
-    if re.search(r"^COMPOSE_FILE=", said, re.M):
-        raise UserError(f"{env} sets COMPOSE_FILE; add :{FILE.name} to it.")
     with open(env, "a") as file:  # never written anew: it is its owner's
         file.write(("" if said.endswith("\n") or not said else "\n") + line)
 
