@@ -46,5 +46,5 @@ def composed() -> Iterator[openai.OpenAI]:
         yield openai.OpenAI(base_url=BASE + "/v1", api_key=key, timeout=120, max_retries=0)
     finally:
         print("\n" + docker("compose", "ps", "-a", check=False), flush=True)
-        docker("compose", "--profile", "monitoring", "down", "-v", "--timeout", "20", check=False)
+        docker("compose", "--profile", "monitoring", "--profile", "restart", "down", "-v", "--remove-orphans", "--timeout", "20", check=False)
 

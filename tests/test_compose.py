@@ -376,4 +376,3 @@ def test_models_yaml_is_applied_while_it_serves(containers: openai.OpenAI, tmp_p
         del ENV["COMPOSE_FILE"]
         for one in made_here:
             one.unlink(missing_ok=True)
-        docker("compose", "up", "-d", "--wait", "--remove-orphans")
