@@ -446,6 +446,20 @@ class TestDriver:
         with pytest.raises(CannotSay, match="this machine has 1"):
             fit.check_free(self.found(), (1,), 0.9)
 
+    @pytest.mark.parametrize(("said", "count", "numbers"), [
+        (None, 1, (0,)), (None, 2, (0, 1)), ("1", 1, (1,)), ("2, 0", 1, (2, 0)), ("GPU-b", 1, (1,)), ("GPU-c3,GPU-a1", 2, (2, 0)),
+        ("GPU-x", 1, (0,)), ("MIG-b2", 1, (0,)), ("", 2, (0, 1)),
+    ])
+    def test_the_gpus_that_a_process_may_use(
+        self, monkeypatch: pytest.MonkeyPatch, said: str | None, count: int, numbers: tuple[int, ...]
+    ) -> None:
+        """An engine on GPU 1, named by its UUID, was refused for want of memory of GPU 0."""
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if said is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
+        found = Gpus("590.1", tuple(Gpu("card", 1, 1, uuid) for uuid in ("GPU-a1", "GPU-b2", "GPU-c3")))
+        assert gpus.visible(found, count) == numbers
+
     @pytest.mark.parametrize(("model", "gpu", "says"), [
         ("meta-llama/Meta-Llama-3-8B-Instruct", "Tesla T4", "are missing"), ("mistralai/Mistral-7B-Instruct-v0.3", "NVIDIA GeForce RTX 4090", ""),
         ("org/unknown", "NVIDIA GeForce RTX 4090", ""), ("mistralai/Mistral-7B-Instruct-v0.3", "NVIDIA L40S", ""),
