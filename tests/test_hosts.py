@@ -15,8 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import httpx
@@ -31,7 +33,7 @@ from common.database import StateTooNew
 from common.gpus import Gpu, Gpus
 from common.sizing import cards, fit
 from common.sizing.cards import CannotSay
-from services.local import accelerator, catalog, compose, configs, places, programs, room, workers
+from services.local import accelerator, apply, catalog, compose, configs, places, programs, room, workers
 from services.local.catalog import Catalog, Entry
 from services.local.configs import find_nginx, write_configs
 from services.local.errors import UserError
@@ -39,6 +41,7 @@ from services.local.places import ASLEEP_SHARE, MOST_SHARE, Place
 from services.local.plan import ROOT, Dials, Ports, read_dials
 from services.local.running import last_words
 from services.local.state_version import STATE_VERSION, check_version
+from services.secrets.__main__ import make as make_secrets
 from services.trainer.place import is_time
 from services.worker import fetch
 from tests.harness import Stack, body, running, wait_for
@@ -702,3 +705,47 @@ def test_sockets_that_nobody_took_over_with_are_removed(tmp_path: Path) -> None:
     bind(tmp_path / "g.sock").close()
     assert not (tmp_path / "g.0123abcd").exists()
     assert (tmp_path / "g.89abcdef").exists()
+
+
+class Supervised:
+    """A supervisor that only says what it would do."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.file, self.known, self.did = run_dir / "supervisord.conf", dict[str, str](), list[str]()
+
+    def reloadConfig(self) -> list[list[list[str]]]:  # noqa: N802 - as supervisord calls it
+        now = dict(re.findall(r"^\[program:(.*?)\]\n(.*?)(?=^\[|\Z)", self.file.read_text(), re.M | re.S))
+        before, self.known = self.known, now
+        return [[[n for n in now if n not in before], [n for n in now if n in before and now[n] != before[n]], [n for n in before if n not in now]]]
+
+    def __getattr__(self, name: str) -> Callable[[str], None]:
+        return lambda program: self.did.append(f"{name} {program}")
+
+    def getAllProcessInfo(self) -> list[dict]:  # noqa: N802
+        return []
+
+
+def test_a_trainer_in_another_place_comes_back_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would have trained on a card on which engines of the old place were still awake."""
+    ports = Ports.take(iter(range(9000, 9100)), 16)
+    before = Dials(tmp_path, Catalog(models=[entry("a")]), models_file=Path("models.yaml"), gpus=(0, 1))
+    make_secrets(before.secrets)
+    (tmp_path / "logs").mkdir()
+    before.run_dir.mkdir(exist_ok=True)
+    supervised = Supervised(before.run_dir)
+    monkeypatch.setattr(apply, "supervisor_of", lambda dials: SimpleNamespace(supervisor=supervised))
+    monkeypatch.setattr(apply.Stack, "_await", lambda stack, worker: None)
+    monkeypatch.setattr(apply.Stack, "_has_room", lambda stack, new: False)
+    try:
+        workers.write(before, workers.change([], workers.wanted(before), iter([9050])).new)
+        stack = apply.Stack(before, ports, "key", print)
+        stack._configure(stack.workers)
+        for catalog, moved in ((Catalog(models=[entry("a", gpus=2)]), True), (Catalog(models=[entry("a", gpus=2), entry("b", gpus=2)]), False)):
+            supervised.did.clear()
+            apply.Stack(replace(before, catalog=catalog), ports, "key", print).apply()
+            if moved:
+                assert supervised.did[-1] == "addProcessGroup trainer"
+                assert supervised.did.index("removeProcessGroup trainer") < supervised.did.index("addProcessGroup worker-a-2")
+            assert ("trainer" in " ".join(supervised.did)) is moved, supervised.did
+    finally:
+        shutil.rmtree(before.run_dir)

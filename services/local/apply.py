@@ -40,6 +40,8 @@ class Stack:
         self._dials, self._ports, self._key, self._say = dials, ports, key, say
         self._supervisor: Any = supervisor_of(dials).supervisor
         self.workers = workers.read(dials)
+        self._trainer_last = False
+        """In another place it would train beside engines that are still in the old one: it comes back after them."""
 
     def apply(self, *, anew: bool = False) -> Change:
         """What models.yaml says; with `anew` every worker is replaced. Raises UserError."""
@@ -47,7 +49,12 @@ class Stack:
         change = workers.change(self.workers, workers.wanted(self._dials), self._free_ports(), anew=anew)
         if self._dials.gpus:  # engines take what their card has, so all that leave make room for all that come
             if change.new or change.old:
-                self._replace(change.new, change.old)
+                self._trainer_last = self._trainer_changes()
+                try:
+                    self._replace(change.new, change.old)
+                finally:
+                    self._trainer_last = False
+                    self._configure(self.workers)
         else:
             for model in sorted({worker.model for worker in (*change.new, *change.old)}):
                 new = [worker for worker in change.new if worker.model == model]
@@ -173,6 +180,8 @@ class Stack:
     def _configure(self, now: list[Worker], extra: Sequence[Program] = ()) -> None:
         """Supervise these workers, and what there is beside them. What changed is started anew."""
         wanted = [*programs(self._dials, self._ports, now), *extra]
+        if self._trainer_last:
+            wanted = [program for program in wanted if program.name != "trainer"]
         write_whole([supervisor_config(self._dials, wanted).encode()], self._dials.run_dir / "supervisord.conf")
         with self._faults():
             added, changed, removed = self._supervisor.reloadConfig()[0]
@@ -184,6 +193,11 @@ class Stack:
                 self._supervisor.addProcessGroup(name)
         self.workers = now
         workers.write(self._dials, now)
+
+    def _trainer_changes(self) -> bool:
+        written = (self._dials.run_dir / "supervisord.conf").read_text()
+        found = [program for program in programs(self._dials, self._ports, self.workers) if program.name == "trainer"]
+        return supervisor_config(self._dials, found).partition("[program:")[2] not in written
 
     def _await_gateway(self, name: str, program: Program) -> None:
         port = program.command[program.command.index("--port") + 1]
