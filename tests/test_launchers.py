@@ -96,6 +96,24 @@ def test_both_have_the_same_defaults(service: str) -> None:
         assert said == (field.default if field.default is not None else ""), f"{service}: {name}"
 
 
+def test_env_example_says_where_a_gpu_has_another_default() -> None:
+    """Above each dial whose default is another with cuda: `Default with cuda: 48g.`, or `redis with ACCELERATOR=cpu, off with cuda.`"""
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    seen = 0
+    for who in ("worker", "trainer", "gpu_exporter"):
+        kinds = (ROOT / f"services/{who}/hardware.yaml").read_text().split("\n  cuda:")
+        cpu, cuda = (dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", kind)) for kind in kinds)
+        for name, default in cuda.items():
+            if cpu.get(name, default) == default:
+                continue
+            at = lines.index(f"#{name}={cpu[name]}")
+            said = next(line for line in reversed(lines[:at]) if "cuda" in line)
+            assert re.search(rf"with cuda: {re.escape(default)}\.|{re.escape(default)} with cuda", said), f"{name}: {said}"
+            assert lines.index(said) >= at - 2, name
+            seen += 1
+    assert seen >= 6
+
+
 def test_every_dial_reaches_make_up() -> None:
     """Each name in .env.example is a setting of a program, is read by the launcher, or has a reason here."""
     offered = set(re.findall(r"^#?\s?([A-Z][A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.M))
