@@ -203,7 +203,7 @@ def test_make_plan(tmp_path: Path) -> None:
 
     usual = plan()
     assert usual.returncode == 0, usual.stderr
-    for said in ("RTX 4090", "A100-80", "131,072 KV bytes a token", "The 5,000-dollar plan"):
+    for said in ("RTX 4090", "A100-80", "131,072 KV bytes a token", "The 5,000-dollar plan", "Disk: 14.5 GB for the model", "16 bits"):
         assert said in usual.stdout
     one = plan("--model", "meta-llama/Llama-3.1-8B-Instruct", "--gpu", "rtx 4090", "--tokens", "131072")
     assert "11.8 GiB are missing" in one.stdout

@@ -42,6 +42,7 @@ def make_plan(
     for column in columns:
         if column.said:
             console.print(f"{column.card.name}: {column.said}", soft_wrap=True)
+    console.print(estimate.disk(found))
     console.print("\n", estimate.budget_table(prices), "\nHow sure this is: docs/hosts.md", sep="")
 
 

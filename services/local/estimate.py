@@ -14,6 +14,7 @@ from common.sizing.cards import CannotSay, Card
 from common.sizing.memory import Memory, Serving
 from common.sizing.price import Prices
 from common.sizing.shape import Shape
+from services.local.accelerator import NEEDS_BYTES
 from services.local.errors import UserError
 from services.local.plan import ROOT
 
@@ -22,6 +23,8 @@ USUAL = (("RTX 4090", 1), ("L40S", 2), ("A100-80", 1), ("H100", 1))
 """Cards compared when nobody names one: second-hand at home, two of a cheap rack's, the two that one rents."""
 TOGETHER = 32
 """Requests at once, for the speed of a busy card."""
+TRAINED_TOKENS = 1024
+"""Of the longest row: TRAIN_MAX_TOKENS, when nobody sets it."""
 BUDGET_USD = 5000.0
 """The learning path's: hardware, rent and all."""
 PATH_HOURS = 300
@@ -117,7 +120,17 @@ def _trainings(found: Shape) -> Rows:
 
         return show
 
-    return [("~ LoRA run alone, GiB", alone(four_bit=False)), ("~ QLoRA run alone, GiB", alone(four_bit=True))]
+    def chosen(column: Column) -> str:
+        """As the trainer chooses beside an engine that sleeps (TRAIN_FOUR_BIT=auto)."""
+        try:
+            room = column.card.memory_bytes - memory.ASLEEP_BYTES
+            bits, _ = training.choose(found, room, tokens=TRAINED_TOKENS, most=1)
+        except CannotSay:
+            return "no"
+        return "–" if found.quantization else "4 bits" if bits else "16 bits"
+
+    return [("~ LoRA run alone, GiB", alone(four_bit=False)), ("~ QLoRA run alone, GiB", alone(four_bit=True)),
+            ("~ trained with its base in", chosen)]
 
 
 def _costs(found: Shape, prices: Prices) -> Rows:
@@ -152,6 +165,12 @@ def _busy(found: Shape, column: Column) -> float:
 
 def _gib(count: float) -> str:
     return f"{count / 2**30:.1f}"
+
+
+def disk(found: Shape) -> str:
+    """What is to be downloaded and kept, in words."""
+    model, build = found.weights_bytes() / 1e9, NEEDS_BYTES["cuda"] / 1e9
+    return f"Disk: {model:.1f} GB for the model, about {build:.0f} GB for the installation with vLLM's CUDA build."
 
 
 def budget(prices: Prices, usd: float = BUDGET_USD) -> list[tuple[str, str, str, str]]:
