@@ -376,3 +376,15 @@ def test_models_yaml_is_applied_while_it_serves(containers: openai.OpenAI, tmp_p
         del ENV["COMPOSE_FILE"]
         for one in made_here:
             one.unlink(missing_ok=True)
+
+
+@needs_engine
+def test_a_worker_that_cannot_start_ends_the_waiting(containers: openai.OpenAI) -> None:
+    """`up --wait` waited for half an hour, and said nothing."""
+    began = time.monotonic()
+    done = subprocess.run(["docker", "compose", "up", "-d", "--wait", "worker"], cwd=ROOT, env=ENV | {"ENGINE_ARGS": "--no-such-flag"},
+                          capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert "unhealthy" in done.stderr, done.stderr[-500:]
+    assert time.monotonic() - began < 120
+    assert "unrecognized arguments: --no-such-flag" in docker("compose", "logs", "worker")

@@ -1,6 +1,7 @@
 """The agent without an engine: everything that can fail on the way from start to stop, with a real redis and gateway."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
 import signal
@@ -22,7 +23,8 @@ from common.places import Saying
 from common.redis.names import ADAPTERS, CHANNEL_WORKERS, WORKERS, worker_key
 from common.sizing.cards import CannotSay
 from common.workers import Model
-from services.worker import agent, preflight, turns
+from services.local.plan import ROOT
+from services.worker import agent, health, preflight, turns
 from services.worker.agent import Agent
 from services.worker.engines.attached import Attached
 from services.worker.engines.base import EngineSilent, Load, Numbers
@@ -813,3 +815,31 @@ class TestEngines:
         assert asyncio.run(ask(None)) == (Load(), Numbers())
         text = b'vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_waiting 2\nvllm:kv_cache_usage_perc{} 0.5\n'
         assert asyncio.run(ask(text)) == (Load(5, 5), Numbers(waiting=2, kv_use=0.5))
+
+
+class TestHealth:
+    """A container's health check: half an hour of `up --wait` was how an owner heard of a wrong setting."""
+
+    def test_a_start_that_failed_is_said_while_the_worker_stays(self, tmp_path: Path) -> None:
+        alive = tmp_path / "alive"
+        env = {"PATH": os.environ["PATH"], "ALIVE_FILE": str(alive), "ENGINE": "none"}
+        with subprocess.Popen([sys.executable, "-m", "services.worker"], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True) as worker:
+            try:
+                assert health.check(alive) == 1
+                assert worker.poll() is None, "else it is started again before anybody has seen it"
+                worker.terminate()
+                assert worker.wait(5) == -signal.SIGTERM, "and a stop waits for nothing"
+            finally:
+                worker.kill()
+            assert worker.stderr is not None and "ENGINE" in worker.stderr.read()
+
+    def test_a_start_is_waited_for_and_silence_is_not(self, tmp_path: Path) -> None:
+        alive = tmp_path / "alive"
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            asked = pool.submit(health.check, alive)
+            time.sleep(1)
+            assert not asked.done()
+            alive.touch()
+            assert asked.result(5) == 0
+        os.utime(alive, (time.time() - 11,) * 2)
+        assert health.check(alive) == 1

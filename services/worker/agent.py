@@ -57,6 +57,8 @@ class Agent:
         self._models = [Model(settings.served_name, settings.max_model_len)]
         self._patience_s = settings.stall_restart_s if self._engine.command() is not None else math.inf
         self.stopping = asyncio.Event()
+        self.came_up = False
+        """Whether its engine ever was ready."""
 
     async def run(self) -> int:
         """Until told to stop (0) or the engine dies (1)."""
@@ -185,6 +187,7 @@ class Agent:
                 if await self._engine.healthy():
                     self._models = await self._engine.models()
                     self.heart.serves(self._models, [])
+                    self.came_up = True
                     logger.info("engine ready", worker=self.heart.beat.id, after_s=round(time.monotonic() - started, 1))
                     return True
             if time.monotonic() - started > self._settings.start_timeout_s:

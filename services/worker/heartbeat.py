@@ -119,8 +119,7 @@ class Heart:
 
     async def tell(self, state: State, *, news_only: bool = False) -> None:
         """One heartbeat; with `news_only` an idle worker is silent until it has news, for at most TOLD_ANYWAY_S."""
-        well = state == "ready" or (state in ("asleep", "waking") and (self.on_demand or self.beat.held))
-        if self.alive_file is not None and well:
+        if self.alive_file is not None and self._is_well(state, self.alive_file):
             with contextlib.suppress(OSError):  # a full disk makes a check fail, and ends nothing
                 self.alive_file.touch()
         if state != self.beat.state:
@@ -146,6 +145,11 @@ class Heart:
             self._told, self._told_at = raw, time.monotonic()
         except (RedisError, OSError) as error:
             self._failed("set", error)
+
+    def _is_well(self, state: State, alive: Path) -> bool:
+        """Whether a health check may pass: it answers, or sleeps and wakes by right, or did answer before it slept."""
+        rests = state in ("asleep", "waking")
+        return state == "ready" or (rests and (self.on_demand or bool(self.beat.held) or alive.exists()))
 
     async def forget(self) -> None:
         """The engine has stopped: whoever finds something it left running may settle it. Raises nothing."""
