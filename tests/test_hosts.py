@@ -84,7 +84,7 @@ class TestModelsFile:
         jsonschema.validate(document, schema)
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({"models": [{"name": "a", "replicas": "two"}]}, schema)
-        assert [e.name for e in catalog.read(ROOT / "examples/models.yaml").models] == ["chat", "chat-long"]
+        assert [e.name for e in catalog.read(ROOT / "examples/models.yaml").models] == ["smollm2-135m-instruct", "smollm2-long"]
 
     def test_folders_are_beside_the_file_and_revisions_are_pinned(self, tmp_path: Path) -> None:
         (tmp_path / "mine").mkdir()

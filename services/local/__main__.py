@@ -104,7 +104,10 @@ def up() -> None:
     dials.state.chmod(0o700)  # keys, and what was uploaded
     check_version(dials.state)
     check_room(dials)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT, too: a background job of a shell ignores it
+    ends = [signal.SIGINT, signal.SIGTERM]  # SIGINT, too: a background job of a shell ignores it
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it outlives its terminal
+        ends.append(signal.SIGHUP)
+    for number in ends:
         signal.signal(number, signal.default_int_handler)
     with only_one(dials):
         supervisor = None

@@ -45,7 +45,7 @@ def knows_http2_on(nginx: str) -> bool:
 def tls_options(nginx: str) -> str:
     """What follows the address in `listen`. Raises UserError for an nginx without TLS."""
     if "http_ssl_module" not in built(nginx):
-        raise UserError(f"TLS_DIR needs an nginx with TLS, and {nginx} (the one from pip) has none. On Debian and "
+        raise UserError(f"TLS_DIR needs an nginx with TLS, and {nginx} has none. On Debian and "
                         "Ubuntu: apt install nginx-light")
     return " ssl" if knows_http2_on(nginx) else " ssl http2"
 

@@ -9,6 +9,7 @@ import msgspec
 import yaml
 from rich.table import Table
 
+from common import checkpoint
 from common.sizing import cards, memory, price, shape, speed, training
 from common.sizing.cards import CannotSay, Card
 from common.sizing.memory import Memory, Serving
@@ -203,6 +204,7 @@ def budget_table(prices: Prices) -> Table:
 def read_shape(model: str) -> Shape:
     """The model's shape. Raises UserError with what is missing."""
     try:
-        return shape.read(model)
+        fetched = checkpoint.config(*model.partition("@")[::2])
+        return shape.of_config(fetched, model) if fetched else shape.read(model)
     except CannotSay as error:
         raise UserError(str(error)) from error

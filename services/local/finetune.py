@@ -27,6 +27,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from services.local.errors import UserError
+from services.local.plan import ROOT
+from services.local.running import recall
+
 Kind = Literal["taught", "untaught", "general"]
 KINDS: dict[Kind, str] = {
     "taught": "taught, asked in other words",
@@ -206,13 +210,24 @@ def compare(before: list[str], after: list[str], held: list[Heldout], data: byte
     console.print(table)
 
 
+def trained(client: openai.OpenAI) -> str:
+    """The model that jobs start from: models.yaml's, where the stack runs here; else the first that is listed."""
+    bases = [model.id for model in client.models.list() if not getattr(model, "parent", None)]
+    if len(bases) > 1:
+        with contextlib.suppress(UserError):
+            found = recall(Path(os.environ.get("STATE_DIR") or ROOT / ".state").absolute())[0].catalog.trained
+            if found is not None and found.name in bases:
+                return found.name
+    return bases[0]
+
+
 def finetune(client: openai.OpenAI, data: Path, heldout: Path | None, suffix: str | None, epochs: Any) -> str:
     """The whole way. Returns the tuned model's name. Raises SystemExit with a message."""
     content = data.read_bytes()
     held = read_heldout(heldout) if heldout else []
     if not heldout:
         content, held = hold_out(content)
-    base = next(model.id for model in client.models.list() if not getattr(model, "parent", None))
+    base = trained(client)
     before = ask(client, base, held, f"asking {base}")
     file = client.files.create(file=(data.name, content), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from common import gpus
+from common.settings import served_name
 from services.local import catalog
 from services.local import model as bundled
 from services.local.catalog import Catalog, Entry
@@ -144,8 +145,7 @@ def _one_model() -> Catalog:
     if not 1 <= workers <= 16:
         raise UserError(f"WORKERS={workers}: between 1 and 16 workers run on one machine.")
     plain = source.partition("@")[0]
-    usual = (Path(plain).name.lower() if Path(plain).is_absolute() else plain) or bundled.NAME
-    name = os.environ.get("SERVED_MODEL_NAME") or usual
+    name = served_name(os.environ.get("SERVED_MODEL_NAME", ""), plain or bundled.NAME)
     try:
         entry = msgspec.convert({"name": name, "source": source or catalog.BUNDLED, "replicas": workers}, Entry)
     except msgspec.ValidationError as error:

@@ -81,7 +81,8 @@ def check_disk(model: str, files: list[Any], cache: Path) -> None:
     if missing and free < missing + SPARE_BYTES:
         raise Refused(
             f"{model} needs {(missing + SPARE_BYTES) / 1e9:.1f} GB of disk, and {place} has {free / 1e9:.1f} GB free: "
-            f"{(missing + SPARE_BYTES - free) / 1e9:.1f} GB are missing. Make room, or choose another HF_HOME."
+            f"{(missing + SPARE_BYTES - free) / 1e9:.1f} GB are missing. "
+            "Make room, or (without Docker) choose another HF_HOME."
         )
 
 
@@ -90,7 +91,7 @@ def check_drift() -> None:
     if not WANTED.is_file():
         return
     if sha256(MODELS_FILE.read_bytes()).hexdigest()[:12] != WANTED.read_text().splitlines()[0]:
-        raise Refused("models.yaml was changed since `make apply`; run it again.")
+        raise Refused("models.yaml was changed since `make apply-compose`; run that again.")
 
 
 def told() -> list[str]:
