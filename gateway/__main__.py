@@ -20,7 +20,6 @@ from uvicorn.supervisors import Multiprocess
 from common.settings import read_settings
 
 BACKLOG = 4096
-START_PATIENCE_S = 30.0
 LEFT_S = 600.0
 """A socket that is older and was never taken over with is of a gateway that was killed in its start."""
 _OURS = secrets.token_hex(4)
@@ -62,16 +61,17 @@ def main() -> None:
 
 
 class Processes(Multiprocess):
-    """uvicorn's, which takes over the socket when the first of them answers."""
+    """uvicorn's, which takes over the socket when the first of them has come up, however long that takes."""
 
     def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], path: Path | None) -> None:
         super().__init__(config, sockets)
         self._path = path
 
-    def init_processes(self) -> None:
-        super().init_processes()
-        if self.processes[0].wait_until_ready(START_PATIENCE_S) and self._path is not None:
+    def keep_subprocess_alive(self) -> None:
+        super().keep_subprocess_alive()
+        if self._path is not None and any(process.is_ready(timeout=1) for process in self.processes):
             take_over(self._path)
+            self._path = None
 
 
 class Server(uvicorn.Server):

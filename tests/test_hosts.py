@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -749,3 +750,55 @@ def test_a_trainer_in_another_place_comes_back_last(monkeypatch: pytest.MonkeyPa
             assert ("trainer" in " ".join(supervised.did)) is moved, supervised.did
     finally:
         shutil.rmtree(before.run_dir)
+
+
+@pytest.mark.parametrize("owner", ["gateway", "gateway-next"])
+def test_only_a_next_gateway_that_has_the_socket_makes_the_gateway_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner: str
+) -> None:
+    """One that was still starting when the restart was broken off counted as well: the only gateway that answered was stopped."""
+    dials = Dials(tmp_path)
+    dials.run_dir.mkdir(exist_ok=True)
+    supervised = Supervised(dials.run_dir)
+    pids = {"gateway": 1, "gateway-next": 1} | {owner: os.getpid()}
+
+    def told(name: str) -> Callable[[str], None]:
+        def do(program: str) -> None:
+            supervised.did.append(f"{name} {program}")
+            if name == "startProcess":
+                pids[program] = os.getpid()
+        return do
+
+    supervised.getAllProcessInfo = lambda: [{"name": name, "pid": pid} for name, pid in pids.items()]  # type: ignore[method-assign]
+    monkeypatch.setattr(Supervised, "__getattr__", lambda fake, name: told(name))
+    monkeypatch.setattr(apply, "supervisor_of", lambda dials: SimpleNamespace(supervisor=supervised))
+    monkeypatch.setattr(apply.Stack, "_await_gateway", lambda *_: None)
+    monkeypatch.setattr(apply.Stack, "_configure", lambda *_: supervised.did.append("configured"))
+    try:
+        workers.write(dials, [])
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(dials.gateway_socket))
+            listener.listen()
+            apply.Stack(dials, Ports.take(iter(range(9000, 9100)), 16), "key", print)._finish_gateway()
+        anew = ["stopProcessGroup gateway", "startProcess gateway"]
+        assert supervised.did == [*(anew if owner == "gateway-next" else []), "configured"]
+    finally:
+        shutil.rmtree(dials.run_dir)
+
+
+def test_processes_take_over_however_long_the_first_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After thirty seconds, or when the first was killed in its start, they never did, and nobody said so."""
+    from gateway import __main__ as served
+
+    path = tmp_path / "g.sock"
+    ready = iter([False] * 100 + [True])
+    fleet = object.__new__(served.Processes)
+    fleet._path, fleet.processes = path, [SimpleNamespace(is_ready=lambda timeout: next(ready))]
+    monkeypatch.setattr(served.Multiprocess, "keep_subprocess_alive", lambda fleet: None)
+    with served.bind(path):
+        for _ in range(100):
+            fleet.keep_subprocess_alive()
+        assert not path.exists()
+        for _ in range(3):  # once is enough: nobody is asked any more
+            fleet.keep_subprocess_alive()
+        assert path.exists()

@@ -7,6 +7,8 @@ Workers, and all other programs, that are as they should be are not touched.
 
 import contextlib
 import http.client
+import socket
+import struct
 import time
 import xmlrpc.client
 from collections.abc import Callable, Iterator, Sequence
@@ -93,15 +95,31 @@ class Stack:
         self._await_gateway("gateway", gateway(self._dials, self._ports.gateway))
 
     def _finish_gateway(self) -> None:
-        """A restart that was broken off left the next gateway: it has the socket if it was started last."""
-        with self._faults():
-            known = {each["name"]: each for each in self._supervisor.getAllProcessInfo()}
-        if (left := known.get(NEXT_GATEWAY)) is None:
+        """A restart that was broken off left the next gateway, which may have the socket, or be about to take it."""
+        if self._pid_of(NEXT_GATEWAY) is None:
             return
-        if known["gateway"]["statename"] != "RUNNING" or left["start"] >= known["gateway"]["start"]:
+        if self._listens() == self._pid_of(NEXT_GATEWAY) or not self._pid_of("gateway"):
             self._say("gateway: a restart that was broken off is finished first")
             self._gateway_anew()
         self._configure(self.workers)
+        if self._listens() != self._pid_of("gateway"):  # the next one took it over just before it ended
+            self._gateway_anew()
+
+    def _pid_of(self, program: str) -> int | None:
+        """Its process; 0 when it does not run, None when there is no such program."""
+        with self._faults():
+            known = {each["name"]: int(each["pid"]) for each in self._supervisor.getAllProcessInfo()}
+        return known.get(program)
+
+    def _listens(self) -> int:
+        """The process that answers at the gateway's socket; 0: none."""
+        with socket.socket(socket.AF_UNIX) as asked:
+            try:
+                asked.connect(str(self._dials.gateway_socket))
+            except OSError:
+                return 0
+            who = asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", who)[0])  # pid, uid, gid (unix(7)) of who called listen()
 
     def _replace(self, new: list[Worker], old: list[Worker]) -> None:
         name = ", ".join(dict.fromkeys(worker.model for worker in (*new, *old)))

@@ -23,24 +23,23 @@ apply() {
     GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)} .venv-tools/bin/python -m services.local.compose
     if on_gpus; then
         go worker
-        docker compose up -d --wait --remove-orphans
-        return
+    else
+        docker compose up -d --wait
+        go worker
     fi
-    docker compose up -d --wait
-    go worker
     docker compose config --services | grep -qx trainer || go trainer  # nothing can be trained any more
     docker compose up -d --wait --remove-orphans
 }
 
-# When a service's container was started, and nothing if it does not run.
+# When a service's container was started, and nothing if it does not run (is not "healthy").
 started() {
     for id in $(docker compose --profile restart ps -q --status running "$1"); do
-        docker inspect -f '{{.State.StartedAt}}' "$id"
+        docker inspect -f '{{.State.Health.Status}} {{.State.StartedAt}}' "$id" | sed -n "s/^${2-.*} //p"
     done
 }
 
 restart_gateway() {
-    was=$(started gateway) next=$(started gateway-next)
+    was=$(started gateway) next=$(started gateway-next healthy)  # before that it has not taken over
     [ -n "$was$next" ] || fail "the gateway does not run; first: docker compose up -d --wait"
     # Who started last has the socket. A gateway-next that has it was left by a restart that did not come to its end.
     if [ -z "$next" ] || [ "$(printf '%s\n' "$was" "$next" | sort | tail -1)" != "$next" ]; then

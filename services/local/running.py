@@ -27,7 +27,7 @@ from services.local.workers import change, wanted, write
 USUAL_START_S = 30.0
 _CAUSE = re.compile(r"\b\w*(Error|Exception): \S|^(GPU|It does not fit|The NVIDIA driver)\b")
 """An error with its text, or what our own checks say."""
-ONLY_HERE = ("WORKERS", "MODELS_FILE", "ADAPTERS_DIR", "HF_HOME", "HF_ENDPOINT")
+ONLY_HERE = ("WORKERS", "MODELS_FILE", "ADAPTERS_DIR", "HF_HOME", "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES")
 """Dials of `make up` that compose has not."""
 
 

@@ -4,6 +4,7 @@ A start is waited for, however long it takes. One that failed is unhealthy at on
 ends: the worker stays for a while before it ends and is started anew, and its log says why.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -17,7 +18,8 @@ STAY_S = 30.0
 
 def stay(alive: Path) -> None:
     """Say that the start failed, and stay until that was seen."""
-    _failed(alive).touch()
+    with contextlib.suppress(OSError):  # a full disk: seen late
+        _failed(alive).touch()
     time.sleep(STAY_S)
 
 
