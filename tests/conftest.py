@@ -1,11 +1,21 @@
 """Fixtures shared by the tests that need a running stack."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.harness import Stack, running
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Every test leaves the environment as it found it: a running stack's dials, once recalled, are the process's own."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
