@@ -32,6 +32,7 @@ from common.redis.names import CHANNEL_ALIASES, CHANNEL_HELD, CHANNEL_KEYS, CHAN
 from common.responses.store import ResponseStore
 from common.routes import ROUTES
 from common.tasks import end_tasks, failures_counter, repeat
+from common.upstream import open_session
 from common.workers import WorkerTable
 from gateway import tending
 from gateway.answers import Answers
@@ -40,7 +41,6 @@ from gateway.decision import Refuse
 from gateway.edge_asgi import AsgiEdge, Sending, respond
 from gateway.metrics import GatewayMetrics
 from gateway.path import RequestPath
-from gateway.relay import open_session
 from gateway.responses import OWNER, add_response_routes
 from gateway.routes import add_routes
 from gateway.settings import Settings
@@ -109,7 +109,8 @@ class Gateway:
         app.state.table, app.state.aliases, app.state.registry = table, aliases, registry
         app.state.metrics = metrics
         redis = connect(settings)
-        recorder, session = Recorder(connect(settings)), open_session(settings)
+        recorder = Recorder(connect(settings))
+        session = open_session(settings.relay_connect_timeout_s, settings.read_timeout_s)
         self._authenticator = authenticator = Authenticator(redis, service_token=settings.service_token)
         held = tending.HeldBackForAll(settings.hold_back_s, redis)
         meter = Meter(recorder, request_metrics, table.base_models)

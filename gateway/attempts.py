@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
+from common.upstream import TIMEOUT
+
 MAX_ATTEMPTS = 4
 """nginx allows ten internal redirects; an attempt takes two."""
 MAX_DEATHS = 2
 """A request that was running on two workers when they died is not tried on a third."""
-
-TIMEOUT = 504
-FAILURES = (500, 502, 503, TIMEOUT)
-"""A worker's answers after which another one is asked; nginx' `error_page` says the same. 503: it took nothing on."""
 
 Reason = Literal[
     "refused",  # it did not take the request

@@ -19,11 +19,11 @@ from common.metering.metered import Metering
 from common.responses.store import ResponseStore
 from common.routes import ROUTES
 from common.tasks import end_tasks
+from common.upstream import Upstream
 from gateway.arrival import Arrival, ClientGone
 from gateway.attempts import Attempts, Reason
 from gateway.decision import Decision, Refuse, Relay, Response
 from gateway.path import RequestPath
-from gateway.relay import Upstream
 from gateway.steps import Waiting, start
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class AsgiEdge:
         }
         metered = relay.worker.beat.metered
         # A server that somebody else runs is not told the token.
-        upstream = Upstream(self._session, relay.worker.beat.address, self._worker_token if metered else "")
+        upstream = Upstream(self._session, f"http://{relay.worker.beat.address}", self._worker_token if metered else "")
         app = upstream if metered else Metering(
             upstream, self._meter, relay.worker.beat.id, store=self._store, responses=self._responses
         )

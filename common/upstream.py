@@ -1,7 +1,8 @@
-"""The slow path: the gateway carries the bytes itself.
+"""The slow path: a program of ours carries a request's bytes, and those of the answer, itself.
 
-For an engine without our middleware, and for a gateway without nginx. One aiohttp session per process for its
-whole life; a client that leaves cancels the upstream request, streamed or not, before or after the first byte.
+The gateway does where no nginx stands before it; `services/worker/front.py` does for an engine without our middleware.
+One aiohttp session per process for its whole life; a client that leaves cancels the upstream request, streamed or not,
+before or after the first byte.
 """
 
 import asyncio
@@ -12,35 +13,33 @@ import aiohttp
 from common.asgi import Receive, Scope, Send
 from common.errors import GatewayTimeout, StreamLost, UpstreamFailed
 from common.metering.context import CONTEXT, TRACEPARENT
-from gateway.attempts import FAILURES, TIMEOUT
-from gateway.settings import Settings
 
+TIMEOUT = 504
+FAILURES = (500, 502, 503, TIMEOUT)
+"""A worker's answers after which another one is asked; nginx' `error_page` says the same. 503: it took nothing on."""
 _PASSED = {b"content-type", b"x-request-id", CONTEXT, TRACEPARENT}
 _RETURNED = {"content-type", "server-timing", "x-request-id", "x-owngpt-worker", "x-owngpt-cache"}
 MAX_UPSTREAM_CONNECTIONS = 4096
 
 
-def open_session(settings: Settings) -> aiohttp.ClientSession:
-    """The process's client session; close it at the end of the lifespan."""
+def open_session(connect_timeout_s: float, read_timeout_s: float) -> aiohttp.ClientSession:
+    """The process's client session; close it at the end of the lifespan. `read_timeout_s`: the longest silence."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=MAX_UPSTREAM_CONNECTIONS, keepalive_timeout=4),
-        timeout=aiohttp.ClientTimeout(
-            total=None, sock_connect=settings.relay_connect_timeout_s, sock_read=settings.read_timeout_s
-        ),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s),
         auto_decompress=False,
     )
 
 
 class Upstream:
-    """An ASGI app that is a worker: it forwards the request and sends back what comes.
+    """An ASGI app that is the server at a URL: it forwards the request and sends back what comes.
 
     Raises UpstreamFailed when the worker fails before anything was sent; afterwards StreamLost in a stream, ClientError
     in anything else. GatewayTimeout: silence beyond the read timeout.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, address: str, token: str) -> None:
-        self._session = session
-        self._url = f"http://{address}"
+    def __init__(self, session: aiohttp.ClientSession, url: str, token: str) -> None:
+        self._session, self._url = session, url
         self._authorization = f"Bearer {token}" if token else ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
