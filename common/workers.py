@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 from loguru import logger
 
+from common import engines
 from common.redis.names import HEARTBEAT_TTL_MS
 
 State = Literal["ready", "stalled", "draining", "asleep", "waking", "gone"]
@@ -62,9 +63,8 @@ class Heartbeat(msgspec.Struct):
     generated_tokens: int = 0
     keeps: bool = False
     """Whether it stores answers in redis-cache now."""
-    metered: bool = True
-    """False for an engine without our middleware: the relay then meters."""
     engine: str = ""
+    """What ENGINE names: which fields it takes, `common/engines.py` knows."""
     wake_s: float = 0.0
     """How long it took to wake last; 0.0: it never slept."""
     held: str = ""
@@ -103,14 +103,18 @@ class Worker:
 
 
 class Pool:
-    """The workers that can take a request for a model, in no order, and the same by id."""
+    """The workers that can take a request for a model, in no order, and the same by id.
 
-    __slots__ = ("by_id", "workers")
+    `limited`: some have an engine that takes less than vLLM.
+    """
+
+    __slots__ = ("by_id", "limited", "workers")
 
     def __init__(self, workers: Iterable[Worker]) -> None:
         self.workers = list(workers)
         random.shuffle(self.workers)  # `routing.choose` looks at a stretch of it
         self.by_id = {worker.beat.id: worker for worker in self.workers}
+        self.limited = any(worker.beat.engine in engines.LIMITED for worker in self.workers)
 
     def without(self, addresses: Sequence[str]) -> "Pool":
         """Those at other addresses."""

@@ -121,8 +121,8 @@ class Gateway:
         self.path = RequestPath(
             settings, table, authenticator, held.here, meter, metrics, answers, aliases, waking, tracing=tracing
         )
-        app.state.responses = responses = ResponseStore(redis)
-        self._edge = AsgiEdge(self.path, session, settings.worker_token, meter, store, responses)
+        app.state.responses = ResponseStore(redis)
+        self._edge = AsgiEdge(self.path, session, settings.worker_token)
         feed = open_feed(settings, table, authenticator, held.here, aliases)
         look_after = tending.Tending(redis, feed, table, answers, metrics)
         background = [

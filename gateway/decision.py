@@ -3,7 +3,7 @@
     Refuse       an error
     Replay       an answer from memory
     Accelerate   nginx is told which worker gets the original request (X-Accel-Redirect)
-    Relay        this gateway carries the bytes: an engine without our middleware, or no nginx in front
+    Relay        this gateway carries the bytes: no nginx in front
 """
 
 from typing import TYPE_CHECKING, NamedTuple

@@ -10,13 +10,9 @@ import aiohttp
 from loguru import logger
 
 from common import errors
-from common.answers.store import Store
 from common.asgi import Message, Receive, Scope, Send, replayed
 from common.metering import context, engine_errors
 from common.metering.context import CONTEXT
-from common.metering.meter import Meter
-from common.metering.metered import Metering
-from common.responses.store import ResponseStore
 from common.routes import ROUTES
 from common.tasks import end_tasks
 from common.upstream import Upstream
@@ -38,12 +34,8 @@ FROM_NGINX = "owngpt.from_nginx"
 class AsgiEdge:
     """Carries decisions out."""
 
-    def __init__(
-        self, path: RequestPath, session: aiohttp.ClientSession, worker_token: str, meter: Meter, store: Store | None,
-        responses: ResponseStore,
-    ) -> None:
+    def __init__(self, path: RequestPath, session: aiohttp.ClientSession, worker_token: str) -> None:
         self._path, self._session, self._worker_token = path, session, worker_token
-        self._meter, self._store, self._responses = meter, store, responses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -106,17 +98,12 @@ class AsgiEdge:
             "type": "http", "method": "POST", "path": path,
             "headers": [*headers, (CONTEXT, context.encode(relay.context))],
         }
-        metered = relay.worker.beat.metered
-        # A server that somebody else runs is not told the token.
-        upstream = Upstream(self._session, f"http://{relay.worker.beat.address}", self._worker_token if metered else "")
-        app = upstream if metered else Metering(
-            upstream, self._meter, relay.worker.beat.id, store=self._store, responses=self._responses
-        )
+        upstream = Upstream(self._session, f"http://{relay.worker.beat.address}", self._worker_token)
         try:
-            await app(forwarded, replayed(relay.body, receive), sending)
+            await upstream(forwarded, replayed(relay.body, receive), sending)
         except (errors.UpstreamFailed, errors.ApiError) as failure:
             return failure
-        except errors.StreamLost as error:  # of a worker that meters itself; else `Metering` has ended it
+        except errors.StreamLost as error:
             if not sending.started:
                 return errors.UpstreamFailed(str(error), ran=True)
             last = b"\n\n" + engine_errors.in_stream(ROUTES[path][0]) + b"\n\n"  # after half an event, too

@@ -123,7 +123,9 @@ class RequestPath:
         name = model or ask.model  # 7
         if (woken := self._chooser.waits(name)) is not None:
             yield woken
-        chosen = self._chooser.choose(ask, name, scope, tried, wish.last, woken=woken is not None)
+        chosen = self._chooser.choose(
+            arrival.path, body, ask, name, scope, tried, wish.last, woken=woken is not None
+        )
         return self._send(arrival, ask, model, key, scope, question, chosen, wish)  # 8
 
     # --- the steps, in their order ---------------------------------------------------------------
@@ -187,11 +189,11 @@ class RequestPath:
         self, arrival: Arrival, ask: Ask, model: str, key: ApiKey, scope: str, question: Question | None,
         chosen: routing.Route, wish: turns.Wish,
     ) -> Decision:
-        """To a worker: by nginx where there is one and the worker sees to the rest, else by the relay."""
+        """To a worker: by nginx where there is one, else by the relay."""
         worker = chosen.worker
         worker.sent += 1
         keep: Keep | None = None
-        if question is not None and self._answers is not None and (worker.beat.keeps or not worker.beat.metered):
+        if question is not None and self._answers is not None and worker.beat.keeps:
             keep = self._answers.lead(question, arrival.uid, worker.beat.id, batch=arrival.batch)
         elif arrival.answer is not None and self._answers is not None:
             self._answers.failed(arrival.answer, arrival.uid)  # this attempt's answer is not kept: nobody waits for it
@@ -205,7 +207,7 @@ class RequestPath:
         self._metrics.took(took_s)
         if traced is not None:
             traced.note(key=key.id, model=model or ask.model, worker=worker.beat.id, reason=chosen.reason)
-        if arrival.from_nginx and worker.beat.metered:
+        if arrival.from_nginx:
             self._metrics.note(arrival.batch, arrival.route, "fast")
             return Accelerate(worker, told)
         self._metrics.note(arrival.batch, arrival.route, "relay")
@@ -252,13 +254,13 @@ class RequestPath:
         try:
             self._refuse_poison(tried, relay.body)
             told = relay.context
-            chosen = self._chooser.choose(relay.ask, told.model or relay.ask.model, relay.cache_scope, tried)
+            name = told.model or relay.ask.model
+            chosen = self._chooser.choose(path, relay.body, relay.ask, name, relay.cache_scope, tried)
         except errors.ApiError as error:
             return self.give_up(relay, path, error)
         chosen.worker.sent += 1
         keep = told.keep
         if keep is not None:
-            name = told.model or relay.ask.model
             if relay.worker.revision(name) == chosen.worker.revision(name):
                 keep = msgspec.structs.replace(keep, worker=chosen.worker.beat.id)
                 if self._answers is not None:

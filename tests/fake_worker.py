@@ -159,7 +159,7 @@ async def answer(send: Send, status: int, body: bytes, kind: bytes = b"applicati
     await send({"type": "http.response.body", "body": body})
 
 
-async def beat(settings: WorkerSettings, metered: bool, middleware: WorkerMiddleware) -> None:
+async def beat(settings: WorkerSettings, middleware: WorkerMiddleware) -> None:
     """Heartbeats, as the agent sends them."""
     redis = connect(settings)
     worker_id = os.environ[WORKER_ID]
@@ -167,7 +167,7 @@ async def beat(settings: WorkerSettings, metered: bool, middleware: WorkerMiddle
     while True:
         raw = msgspec.json.encode(Heartbeat(
             id=worker_id, address=settings.address, state="ready", models=[Model(MODEL, 8192, int(time.time()), revision=revision)],
-            in_flight=middleware.meter.in_flight, slots=8, metered=metered, keeps=middleware.keeps,
+            in_flight=middleware.meter.in_flight, slots=8, keeps=middleware.keeps,
         )).decode()
         with contextlib.suppress(RedisError, OSError):
             async with redis.pipeline() as pipe:
@@ -179,16 +179,14 @@ async def beat(settings: WorkerSettings, metered: bool, middleware: WorkerMiddle
 
 
 async def main() -> None:
-    metered = "--unmetered" not in sys.argv
+    if "--bare" in sys.argv:  # the engine alone: somebody else's server
+        config = uvicorn.Config(engine, host="127.0.0.1", port=int(os.environ["ENGINE_PORT"]), log_level="warning")
+        await uvicorn.Server(config).serve()
+        return
     settings = WorkerSettings()
     middleware = WorkerMiddleware(engine)
-
-    async def bare(scope: Scope, receive: Receive, send: Send) -> None:
-        await engine(scope, receive, send)
-
-    config = uvicorn.Config(middleware if metered else bare, host="127.0.0.1", port=settings.engine_port,
-                            log_level="warning", timeout_keep_alive=5)
-    background = None if "--silent" in sys.argv else asyncio.create_task(beat(settings, metered, middleware))
+    config = uvicorn.Config(middleware, host="127.0.0.1", port=settings.engine_port, log_level="warning", timeout_keep_alive=5)
+    background = None if "--silent" in sys.argv else asyncio.create_task(beat(settings, middleware))
     await uvicorn.Server(config).serve()
     if background is not None:
         background.cancel()

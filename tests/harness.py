@@ -171,6 +171,17 @@ class Stack:
         wait_for(lambda: self.ready_count() > before, f"worker {name} known")
         return name
 
+    def add_fronted(self, name: str, **more: str) -> str:
+        """Somebody else's server, scripted, without our middleware; before it the real agent and the real front."""
+        port, theirs = self.worker_ports[len([n for n in self.running if n.startswith("w")])], free_ports(1)[0]
+        self.spawn(f"{name}-engine", [sys.executable, "-m", "tests.fake_worker", "--bare"], os.environ | {"ENGINE_PORT": str(theirs)})
+        env = self.env("worker") | {"ENGINE_PORT": str(port), "ADVERTISE_HOST": "127.0.0.1", "WORKER_NAME": name,
+                                    "ENGINE": "attached", "ENGINE_URL": f"http://127.0.0.1:{theirs}", **more}
+        before = self.ready_count()
+        self.spawn(name, [sys.executable, "-m", "services.worker"], env)
+        wait_for(lambda: self.ready_count() > before, f"{name} known", 20)
+        return name
+
     def ready_count(self) -> int:
         return int(httpx.get(self.base + "/ready").json().get("workers", {}).get("ready", 0))
 

@@ -390,16 +390,21 @@ class TestFaults:
         stack.add_worker("w2", "--revision", "r2")
         assert [cache_of(ask(stack, "say 2")) for _ in range(2)] == [["miss"], ["hit"]]
 
-    def test_without_nginx_and_with_a_foreign_engine(self, tmp_path) -> None:
+    def test_without_nginx(self, tmp_path) -> None:
         with running(tmp_path, edge="none") as stack:
-            stack.add_worker("w1", "--unmetered")
+            stack.add_worker("w1")
             for stream in (False, True):
                 first, second = (ask(stack, f"say 7 {stream}", stream=stream) for _ in range(2))
                 assert [cache_of(first), cache_of(second)] == [["miss"], ["hit"]]
                 assert text(first) == text(second)
                 assert "usage" not in first.text or not stream
             assert cache_of(ask(stack, "say 7", temperature=1)) == ["bypass"]
-            assert "cache_salt" not in ask(stack, "echo body", temperature=1).json()
+
+    def test_of_an_engine_whose_files_nobody_knows_nothing_is_kept(self, tmp_path) -> None:
+        with running(tmp_path) as stack:
+            stack.add_fronted("w1")
+            assert [cache_of(ask(stack, "say 7")) for _ in range(2)] == [["bypass"], ["bypass"]]
+            assert "cache_salt" not in ask(stack, "echo body").json()
 
 
 class FakeStore:

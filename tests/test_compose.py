@@ -90,6 +90,28 @@ def test_the_monitoring_profile_is_hardened_too() -> None:
     assert ":latest" not in text
 
 
+@pytest.mark.parametrize("engine", ["trtllm", "sglang"])
+def test_other_engines_are_hardened_too(engine: str) -> None:
+    """Not run here: official images, and a GPU."""
+    services = config(engine, ACCELERATOR="cuda")["services"]
+    assert set(services) - set(config(ACCELERATOR="cuda")["services"]) == {engine, f"worker-{engine}"}
+    for name in (engine, f"worker-{engine}"):
+        service = services[name]
+        assert service["user"] == "10001:10001"
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["mem_limit"] and service["pids_limit"]
+        assert not service.get("ports")
+        assert set(service["networks"]) == {"backend"}
+        assert service["depends_on"]["fetch"]["condition"] == "service_completed_successfully"
+    worker, command = services[f"worker-{engine}"]["environment"], services[engine]["command"]
+    assert (worker["ENGINE"], worker["ENGINE_URL"], worker["PLACE"]) == (engine, f"http://{engine}:8000", "")
+    assert worker["MODEL"] in command, "the name by which it is asked for is the one it was started with"
+    assert worker["MAX_NUM_SEQS"] in command
+    assert ":latest" not in services[engine]["image"]
+
+
 def test_dashboards_are_open_on_loopback_only() -> None:
     def anonymous(**env: str) -> str:
         return config("monitoring", **env)["services"]["grafana"]["environment"]["GF_AUTH_ANONYMOUS_ENABLED"]

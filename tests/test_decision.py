@@ -88,9 +88,9 @@ class Bench:
         self.path = RequestPath(self.settings, self.table, self.authenticator, self.held, self.meter, metrics,  # type: ignore[arg-type]
                                 self.answers, self.aliases, Waking(self.redis, self.table, self.settings.wake_patience_s))  # type: ignore[arg-type]
 
-    def beat(self, name: str, models: tuple[str, ...] = ("m",), metered: bool = True, revision: str = "r1", keeps: bool = True) -> None:
+    def beat(self, name: str, models: tuple[str, ...] = ("m",), revision: str = "r1", keeps: bool = True) -> None:
         self.table.take(msgspec.json.encode(Heartbeat(
-            name, f"{name}:1", "ready", [Model(m, 1, revision=revision) for m in models], metered=metered, keeps=keeps)))
+            name, f"{name}:1", "ready", [Model(m, 1, revision=revision) for m in models], keeps=keeps)))
 
     def arrival(self, path: str = CHAT, method: str = "POST", headers: dict[bytes, bytes] | None = None, **fields: object) -> Arrival:
         body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}).encode()
@@ -382,10 +382,10 @@ class TestRelay:
         assert isinstance(second, Relay)
         assert second.context.keep is None
 
-    def test_a_foreign_engine_is_relayed_and_tried_elsewhere(self, tmp_path: Path) -> None:
-        bench = Bench(tmp_path, workers=0)
-        bench.beat("f0", metered=False)
-        bench.beat("f1", metered=False)
+    def test_without_nginx_it_is_relayed_and_tried_elsewhere(self, tmp_path: Path) -> None:
+        bench = Bench(tmp_path, nginx=False, workers=0)
+        bench.beat("f0")
+        bench.beat("f1")
         first = bench.now(bench.arrival())
         assert isinstance(first, Relay)
         second = bench.path.again(first, CHAT, Attempts((first.worker.beat.address,), 1, reason="died"))

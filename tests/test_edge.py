@@ -199,18 +199,6 @@ def test_shutdown_waits_for_a_decision_that_waits(tmp_path) -> None:
         wait_for(lambda: stack.running["gateway"].poll() is not None, "gone")
 
 
-def test_what_had_to_wait_and_becomes_a_relay(tmp_path) -> None:
-    """An engine without our middleware: the gateway carries the bytes, over nginx' socket as well."""
-    with running(tmp_path) as stack:
-        stack.add_worker("w1", "--unmetered")
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(stack.dials.gateway_socket))) as client:
-            for number in range(3):
-                answer = client.post("http://gateway" + CHAT, json=body("say 3", temperature=0, seed=number),
-                                     headers={"authorization": f"Bearer {stack.key}"})
-                assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 3)
-        assert not [line for line in stack.log("gateway") if line["level"] == "error"]
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_gateway_stops_at_once(tmp_path, number: int) -> None:
     with running(tmp_path) as stack:

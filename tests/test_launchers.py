@@ -44,6 +44,8 @@ NOT_A_DIAL_OF_MAKE_UP = {
     "HF_TOKEN": "the hub library reads it itself", "WORKER_MEMORY": "a container's limit", "REDIS_MEMORY": "a container's limit",
     "CACHE_MEMORY": "a container's limit", "TRAINER_MEMORY": "a container's limit", "WORKER_SHM": "a container's limit",
     "ALERT_WEBHOOK_URL": "Alertmanager comes with the containers", "TRACES": "Tempo comes with the containers; OTLP_TRACES_ENDPOINT works",
+    **dict.fromkeys(("OTHER_ENGINE_GPU", "TRTLLM_SEQUENCES", "TRTLLM_MEMORY", "SGLANG_SEQUENCES", "SGLANG_MEMORY"),
+                    "these engines come as containers"),
     "DOCKER_ROOT": "Docker's", "BACKEND_PREFIX": "Docker's network", "GATEWAY_PROCESSES": "python -m gateway reads it",
 }
 

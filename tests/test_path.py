@@ -371,12 +371,12 @@ def test_the_servers_from_pip_do_the_same(tmp_path, monkeypatch: pytest.MonkeyPa
 
 
 class TestRelay:
-    """The other path: without nginx, and for engines without the middleware."""
+    """The other path: without nginx; and engines without the middleware, which have it before them."""
 
     @pytest.mark.parametrize("edge", ["none", "nginx"])
-    def test_unmetered_engines_are_metered_by_the_relay(self, tmp_path, edge: str) -> None:
+    def test_engines_without_the_middleware_are_metered_by_the_front(self, tmp_path, edge: str) -> None:
         with running(tmp_path, edge=edge) as stack:
-            stack.add_worker("w1", "--unmetered")
+            stack.add_fronted("w1")
             assert stack.chat("say 3").json()["usage"]["completion_tokens"] == 3
             events = stream_events(stack.chat("say 4", stream=True))
             assert len(events) == 6  # four words, the end with its reason, [DONE]
@@ -387,14 +387,14 @@ class TestRelay:
                 client.post(CHAT, json=body("slow 30"), timeout=0.5)
             assert stack.records(3)[2]["outcome"] == "cancelled"
 
-    @pytest.mark.parametrize(("edge", "options"), [("none", ()), ("nginx", ("--unmetered",)), ("nginx", ())])
+    @pytest.mark.parametrize("edge", ["none", "nginx"])
     def test_a_worker_that_takes_too_long_is_a_504_that_nobody_repeats(
-        self, tmp_path, monkeypatch: pytest.MonkeyPatch, edge: str, options: tuple[str, ...]
+        self, tmp_path, monkeypatch: pytest.MonkeyPatch, edge: str
     ) -> None:
         """It was "The gateway is not running", and SDKs asked twice more (C1)."""
         monkeypatch.setenv("READ_TIMEOUT_S", "1")
         with running(tmp_path, edge=edge) as stack:
-            stack.add_worker("w1", *options)
+            stack.add_worker("w1")
             with stack.client() as client:
                 answer = client.post(CHAT, json=body("slow 3"))
             assert (answer.status_code, answer.json()["error"]["code"]) == (504, "upstream_timeout")

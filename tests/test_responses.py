@@ -200,10 +200,10 @@ def test_an_error_of_the_engine_leaves_nothing(shared: Stack) -> None:
     assert shared.redis().zrange(f"responses:{shared.record.id}", 0, -1) == before
 
 
-def test_the_relay_keeps_them_too(tmp_path) -> None:
+def test_a_front_keeps_them_too(tmp_path) -> None:
     """Without our middleware in the engine, and without nginx."""
     with running(tmp_path, edge="none") as stack:
-        stack.add_worker("w1", "--unmetered")
+        stack.add_fronted("w1")
         client = sdk(stack)
         first = client.responses.create(model=MODEL, input="a")
         second = list(client.responses.create(model=MODEL, input="b", previous_response_id=first.id, stream=True))[-1]

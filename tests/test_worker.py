@@ -26,13 +26,13 @@ from common.workers import Model
 from services.local.plan import ROOT
 from services.worker import agent, health, preflight, turns
 from services.worker.agent import Agent
-from services.worker.engines.attached import Attached
 from services.worker.engines.base import EngineSilent, Load, Numbers
+from services.worker.engines.fronted import Fronted
 from services.worker.engines.vllm import Vllm
 from services.worker.process import Process
 from services.worker.reconcile import Reconciler
 from services.worker.settings import WorkerSettings
-from tests.harness import Stack, free_ports, running, wait_for
+from tests.harness import Stack, running, wait_for
 
 NEVER = ["sleep", "1000"]
 
@@ -68,9 +68,9 @@ class FakeLoader:
 class FakeEngine:
     """An engine whose process is a sleep."""
 
-    name, slots, metered, model = "fake", 4, True, "base"
+    name, slots, elsewhere, model = "fake", 4, False, "base"
 
-    def __init__(self, address: str, command: list[str] | None = NEVER) -> None:
+    def __init__(self, address: str, command: list[str] = NEVER) -> None:
         self.address, self._command = address, command
         self.adapters: FakeLoader | None = None
         self.up = True
@@ -80,7 +80,7 @@ class FakeEngine:
         self.cleaned = self.slept = self.woken = 0
         self.can_sleep = False
 
-    def command(self) -> list[str] | None:
+    def command(self) -> list[str]:
         return self._command
 
     def environment(self) -> dict[str, str]:
@@ -361,7 +361,8 @@ class TestLife:
 
     def test_one_that_runs_elsewhere_is_only_reported(self, floor: Stack) -> None:
         async def live() -> None:
-            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}", command=None)
+            engine = FakeEngine(f"127.0.0.1:{floor.worker_ports[0]}")
+            engine.elsewhere = True
             async with living(floor, engine, stall_s=0.2, stall_restart_s=0.5) as life:
                 await life.until(lambda: life.said().get("state") == "ready", "announced")
                 engine.silent = True
@@ -739,10 +740,9 @@ class TestProcess:
         finally:
             module.PATIENCE_S = patience
 
-    def test_without_a_command_there_is_nothing_to_die(self) -> None:
+    def test_before_it_is_started_there_is_nothing_to_die(self) -> None:
         async def live() -> None:
-            process = Process(None, {})
-            assert await process.start() is None
+            process = Process(NEVER, {})
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(process.wait(), 0.1)
             await process.stop()
@@ -764,57 +764,73 @@ class TestEngines:
 
         asyncio.run(ask())
 
-    def test_attached_needs_an_address(self, floor: Stack) -> None:
-        for bad in ("", "https://x", "http://x/v1", "x:1"):
-            with pytest.raises(ValueError, match=r"(?i)engine_url"):
-                settings(floor, engine="attached", engine_url=bad)
+    def test_what_runs_elsewhere_needs_an_address(self, floor: Stack) -> None:
+        for engine in ("attached", "trtllm", "sglang"):
+            for bad in ("", "ftp://x", "x:1"):
+                with pytest.raises(ValueError, match=r"(?i)engine_url"):
+                    settings(floor, engine=engine, engine_url=bad)
 
-    def test_attached_to_a_second_server(self, floor: Stack, tmp_path: Path) -> None:
-        """A server that somebody else runs, without our middleware: found, relayed, metered, and gone when it is gone."""
-        port = free_ports(1)[0]
-        env = floor.env("worker") | {"ENGINE_PORT": str(port), "ADVERTISE_HOST": "127.0.0.1", "MODEL": "/nowhere",
-                                     "SERVED_MODEL_NAME": "foreign", "OWNGPT_WORKER_ID": "foreign"}
-        server = subprocess.Popen([sys.executable, "-m", "tests.fake_worker", "--unmetered", "--silent"], env=env)
-        secrets = floor.dials.secrets / "worker"
-        agent = subprocess.Popen([sys.executable, "-m", "services.worker"], stdout=open(tmp_path / "log", "w"), env=env | {
-            "ENGINE": "attached", "ENGINE_URL": f"http://127.0.0.1:{port}", "WORKER_NAME": "outside",
-            "WORKER_TOKEN_FILE": str(secrets / "worker_token")})
-        try:
-            wait_for(lambda: floor.ready_count() == 1, "attached", 15)
-            with floor.client() as client:
-                assert "fake" in [model["id"] for model in client.get("/v1/models").json()["data"]]
-            before = len(floor.redis().xrange("usage"))
-            answer, stream = floor.chat("say 3"), floor.chat("say 4", stream=True)
-            assert answer.status_code == stream.status_code == 200
-            assert answer.headers["x-owngpt-worker"].startswith("outside-")
-            assert stream.text.endswith("data: [DONE]\n\n")
-            records = floor.records(before + 2)[before:]
-            assert [(r["completion_tokens"], r["outcome"], r["key"]) for r in records] == [
-                (3, "ok", floor.record.id), (4, "ok", floor.record.id)]
-            server.kill()
-            wait_for(lambda: floor.ready_count() == 0, "its silence noticed", 10)
-            assert floor.chat("say 3").status_code in (502, 503)
-        finally:
-            agent.terminate()
-            server.kill()
-            assert agent.wait(15) == 0
-            server.wait()
+    def test_a_second_server_comes_serves_and_goes(self, stack: Stack) -> None:
+        """A server that somebody else runs: found, carried by nginx, metered, and gone when it is gone."""
+        stack.add_fronted("w1")
+        with stack.client() as client:
+            assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["fake"]
+        answer, stream = stack.chat("say 3"), stack.chat("say 4", stream=True)
+        assert answer.status_code == stream.status_code == 200
+        assert answer.headers["x-owngpt-worker"].startswith("w1-")
+        assert stream.text.endswith("data: [DONE]\n\n")
+        assert [(r["completion_tokens"], r["outcome"], r["key"]) for r in stack.records(2)] == [
+            (3, "ok", stack.record.id), (4, "ok", stack.record.id)]
+        told = stack.chat("echo headers").json()
+        assert "authorization" not in told, "who asks, and our token, are not its business"
+        assert not [name for name in told if name.startswith("x-owngpt")]
+        stack.kill("w1-engine")
+        assert stack.chat("say 3").status_code == 503
+        wait_for(lambda: stack.ready_count() == 0, "its silence noticed", 10)
+        stack.running["w1"].terminate()
+        assert stack.running["w1"].wait(15) == 0
 
-    def test_attached_reads_what_metrics_there_are(self, floor: Stack) -> None:
-        async def ask(metrics: bytes | None) -> tuple[Load, Numbers]:
-            def answer(request: httpx.Request) -> httpx.Response:
-                if request.url.path == "/v1/models":
-                    return httpx.Response(200, content=b'{"data":[{"id":"m","object":"model"}]}')
-                return httpx.Response(404) if metrics is None else httpx.Response(200, content=metrics)
+    def test_its_key_and_its_name_for_the_model(self, stack: Stack, tmp_path: Path) -> None:
+        (tmp_path / "key").write_text("sk-theirs\n")
+        stack.add_fronted("w1", ENGINE_KEY_FILE=str(tmp_path / "key"), MODEL="fake", SERVED_MODEL_NAME="ours")
+        with stack.client() as client:
+            assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["ours"]
+            for script, field, wanted in (("echo headers", "authorization", "Bearer sk-theirs"), ("echo body", "model", "fake")):
+                said = client.post("/v1/chat/completions", json={"model": "ours", "messages": [{"role": "user", "content": script}]}).json()
+                assert said[field] == wanted
+        redis = stack.redis()
+        told = [redis.get(worker_key(worker)) or "" for worker in redis.smembers(WORKERS)]
+        assert told
+        assert "sk-theirs" not in "".join(told)
 
-            engine = Attached(settings(floor, engine="attached", engine_url="http://there:8000"))
-            engine._http = httpx.AsyncClient(base_url="http://x", transport=httpx.MockTransport(answer))
-            assert await engine.models() == [Model("m", 0)]
-            return await engine.load(), await engine.numbers()
+    def test_a_model_that_it_does_not_list_is_said(self, floor: Stack) -> None:
+        async def ask() -> None:
+            engine = Fronted(settings(floor, engine="attached", engine_url="http://there:8000", model="mine"), "w")
+            engine._http = httpx.AsyncClient(base_url="http://x", transport=httpx.MockTransport(
+                lambda _: httpx.Response(200, content=b'{"data":[{"id":"a"},{"id":"b"}]}')))
+            with pytest.raises(EngineSilent, match="no model 'mine', but: a, b"):
+                await engine.models()
 
-        assert asyncio.run(ask(None)) == (Load(), Numbers())
-        text = b'vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_waiting 2\nvllm:kv_cache_usage_perc{} 0.5\n'
-        assert asyncio.run(ask(text)) == (Load(5, 5), Numbers(waiting=2, kv_use=0.5))
+        asyncio.run(ask())
+
+    @pytest.mark.parametrize(("engine", "text", "wanted"), [
+        ("attached", b"", Numbers(None)),
+        ("attached", b'vllm:num_requests_waiting{engine="0"} 2.0\nvllm:kv_cache_usage_perc{} 0.5\n', Numbers(None, 2, 0.5)),
+        ("sglang", b'sglang:num_queue_reqs{model_name="m"} 3.0\nsglang:token_usage{model_name="m"} 0.28\n'
+                   b'sglang:prompt_tokens_total{model_name="m"} 8.1e+06\nsglang:generation_tokens_total{model_name="m"} 7.0\n',
+         Numbers(None, 3, 0.28, 8100000, 0, 7)),
+        ("trtllm", b'trtllm_kv_cache_utilization{model_name="m"} 0.25\n', Numbers(None, 0, 0.25)),
+        ("llamacpp", b"llamacpp:prompt_tokens_total 70\nllamacpp:tokens_predicted_total 9\nllamacpp:n_decode_total 12\n"
+                     b"llamacpp:requests_deferred 1\nllamacpp:prompt_tokens_cached_total 31\n", Numbers(12, 1, 0, 70, 31, 9)),
+    ])
+    def test_numbers_by_their_own_names(self, floor: Stack, engine: str, text: bytes, wanted: Numbers) -> None:
+        async def ask() -> Numbers:
+            asked = Fronted(settings(floor, engine=engine, engine_url="http://there:8000"), "w")
+            asked._http = httpx.AsyncClient(base_url="http://x", transport=httpx.MockTransport(
+                lambda _: httpx.Response(200, content=text)))
+            return await asked.numbers()
+
+        assert asyncio.run(ask()) == wanted
 
 
 class TestHealth:

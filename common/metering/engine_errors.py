@@ -56,6 +56,8 @@ def _message(body: bytes) -> tuple[str, str | None, str | None]:
     except msgspec.MsgspecError:
         return "", None, None
     error = document.get("error", document) if isinstance(document, dict) else {}
+    if isinstance(error, str):  # TensorRT-LLM's
+        error = {"message": error}
     if not isinstance(error, dict):
         return "", None, None
     message, param, code = error.get("message") or error.get("detail"), error.get("param"), error.get("code")

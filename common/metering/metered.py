@@ -1,7 +1,7 @@
 """One ASGI middleware that sees what a request cost and how it ended.
 
-Mounted twice: around vLLM's app (`services/worker`), where the fast path's bytes pass, and around the relay's upstream
-calls for engines that cannot carry it. Everything that needs an answer's bytes happens here, once per request:
+Mounted twice, in a worker both times: around vLLM's app, and in the front before engines that cannot carry it
+(`services/worker/front.py`). Everything that needs an answer's bytes happens here, once per request:
 
     in     the gateway's context; one rewriting of the body: an alias becomes its model, usage is asked for, the salt
     out    the response start is held until the first byte exists, so that a worker that dies in prefill can still be
@@ -15,6 +15,7 @@ Per streamed chunk it looks for a few byte patterns and reads no clock; the budg
 
 import secrets
 import time
+from collections.abc import Collection
 
 from loguru import logger
 
@@ -35,8 +36,6 @@ MAX_ERROR_BYTES = 64 * 1024
 BATCH_PRIORITY = b"100"
 """vLLM: a larger number waits longer."""
 _USAGE_ROUTES = ("chat", "completions")
-_SALTED_ROUTES = ("chat", "completions", "responses", "messages", "embeddings")
-"""Where vLLM takes a `cache_salt`; the rest reads no KV blocks."""
 _FROM_THE_GATEWAY = (CONTEXT, TRACEPARENT, b"x-request-id", b"x-vllm-priority", b"content-length")
 """Headers that are made anew for the engine."""
 
@@ -44,15 +43,17 @@ _FROM_THE_GATEWAY = (CONTEXT, TRACEPARENT, b"x-request-id", b"x-vllm-priority", 
 class Metering:
     """The middleware. `worker` names whose requests these are; other paths pass through untouched.
 
-    `vllm`: the engine is vLLM, which takes a `cache_salt` and a priority. `store`: where answers worth keeping go;
+    `salted`: the routes on which the engine takes a `cache_salt`. `priority`: whether it lets batches wait.
+    `store`: where answers worth keeping go;
     `responses`: where `/v1/responses` has its state.
     """
 
     def __init__(
-        self, app: App, meter: Meter, worker: str, *, vllm: bool = False, store: Store | None = None,
-        responses: ResponseStore | None = None,
+        self, app: App, meter: Meter, worker: str, *, salted: Collection[str] = (), priority: bool = False,
+        store: Store | None = None, responses: ResponseStore | None = None,
     ) -> None:
-        self.app, self.meter, self.worker, self.vllm, self.store = app, meter, worker, vllm, store
+        self.app, self.meter, self.worker, self.store = app, meter, worker, store
+        self.salted, self.priority = salted, priority
         self.engine = app if responses is None else Turns(app, responses)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,14 +137,14 @@ class _Metered:
         record.model = told.model or wants.model
         asked = wants.stream_options is not None and wants.stream_options.include_usage
         self.hide_usage = bool(wants.stream and not asked and record.route in _USAGE_ROUTES)
-        salt = told.salt if self.mount.vllm and record.route in _SALTED_ROUTES else ""
+        salt = told.salt if record.route in self.mount.salted else ""
         if salt or self.hide_usage or told.model:
             body = rewrite(body, usage=self.hide_usage, salt=salt, model=told.model)
         headers = [(n, v) for n, v in self.scope["headers"] if n not in _FROM_THE_GATEWAY]
         headers += [(b"content-length", b"%d" % len(body)), (b"x-request-id", told.request_id.encode("latin-1"))]
         if told.traceparent:
             headers.append((TRACEPARENT, told.traceparent.encode()))
-        if told.batch and self.mount.vllm:
+        if told.batch and self.mount.priority:
             headers.append((b"x-vllm-priority", BATCH_PRIORITY))
         path = ENGINE_PATHS.get(self.path, self.path)
         self.scope = {**self.scope, "headers": headers, "path": path, TURN: told.turn}

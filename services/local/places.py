@@ -31,20 +31,21 @@ class Place(NamedTuple):
 
 def environment(entry: Entry, models: Path, place: Place, awake: int) -> dict[str, str]:
     """What the worker of an entry is told beside what all are told; only what the entry says."""
-    attached = entry.engine == "attached"
     found: dict[str, Any] = {
-        "ENGINE": "attached" if attached else "", "ENGINE_URL": entry.url,
-        "MODEL": "" if attached else entry.model(models), "MODEL_REVISION": entry.revision,
+        "ENGINE": entry.engine, "ENGINE_URL": entry.url, "ENGINE_KEY_FILE": entry.key_file,
+        "MODEL": entry.model(models), "MODEL_REVISION": entry.revision,
         "SERVED_MODEL_NAME": entry.name, "MAX_MODEL_LEN": entry.max_tokens or "", "MAX_NUM_SEQS": entry.sequences or "",
         "MAX_LORAS": "" if entry.adapters and entry.task == "chat" else 0, "ENGINE_ARGS": entry.arguments,
     }
+    if entry.engine == "vllm":
+        del found["ENGINE"]
     if place.gpus:
         found |= {"GPU_MEMORY_UTILIZATION": place.share, "TENSOR_PARALLEL_SIZE": len(place.gpus)} | visible(place.gpus)
     elif entry.kv_cache_gib is not None:
         found["KV_CACHE_GIB"] = entry.kv_cache_gib
     if entry.start == "on_demand":
         found |= {"ON_DEMAND": "true", "AWAKE_AT_ONCE": awake}
-    if (entry.start == "on_demand" or place.gpus) and not attached:
+    if entry.start == "on_demand" or place.gpus:
         found["PLACE"] = place.name
     # An empty revision is said, too: else that of another model would be taken over from the environment.
     return {name: str(value) for name, value in found.items() if value != "" or name == "MODEL_REVISION"}
@@ -56,27 +57,27 @@ def visible(gpus: Sequence[int]) -> dict[str, str]:
 
 
 def deal(catalog: Catalog, gpus: Sequence[int]) -> dict[str, list[Place]]:
-    """Where each entry's replicas run, by name; without GPUs all on the CPU. Raises UserError when there are too few.
+    """Where each entry's replicas run, by its slug; without GPUs all on the CPU. Raises UserError for too few.
 
     The emptiest GPUs. `on_demand` models of one GPU take turns: they need the `awake` largest shares.
     """
-    dealt: dict[str, list[Place]] = {entry.name: [Place()] * entry.replicas for entry in catalog.models}
+    dealt: dict[str, list[Place]] = {entry.slug: [Place()] * entry.replicas for entry in catalog.models}
     ours = [entry for entry in catalog.models if entry.engine == "vllm"]
     if not gpus or not ours:
         return dealt
     usual = _usual_share(ours, catalog.awake, len(gpus))
     cards = {gpu: _Card() for gpu in gpus}
     for entry in sorted(ours, key=lambda entry: (entry.start != "always", -entry.gpus)):  # the sort is stable
-        share, dealt[entry.name] = entry.gpu_memory or usual, []
+        share, dealt[entry.slug] = entry.gpu_memory or usual, []
         for _ in range(entry.replicas):
-            mine = {gpu for place in dealt[entry.name] for gpu in place.gpus}
+            mine = {gpu for place in dealt[entry.slug] for gpu in place.gpus}
             fit = _place(entry, share, cards, catalog.awake, mine)
             for gpu in fit:
                 cards[gpu].take(entry, share)
-            dealt[entry.name].append(Place(fit, share))
-    whole = _hang_together(place.gpus for entry in ours for place in dealt[entry.name])
+            dealt[entry.slug].append(Place(fit, share))
+    whole = _hang_together(place.gpus for entry in ours for place in dealt[entry.slug])
     for entry in ours:
-        dealt[entry.name] = [place._replace(shared=whole[place.gpus[0]]) for place in dealt[entry.name]]
+        dealt[entry.slug] = [place._replace(shared=whole[place.gpus[0]]) for place in dealt[entry.slug]]
     return dealt
 
 

@@ -154,7 +154,7 @@ def trainer(dials: Dials, ports: Ports, base: Entry) -> Program:
 
 def trains_on(dials: Dials, base: Entry) -> dict[str, str]:
     """The first GPU of the model that is trained, whose engines sleep meanwhile. On a CPU: with TRAIN_ALONE."""
-    place = places.deal(dials.catalog, dials.gpus)[base.name][0]
+    place = places.deal(dials.catalog, dials.gpus)[base.slug][0]
     return places.visible(place.gpus[:1]) | {"PLACE": place.name} if place.gpus else {}
 
 

@@ -17,6 +17,8 @@ from services.local.plan import Dials
 
 WORKER_NEEDS_BYTES = 3_200_000_000
 """Resident memory of one CPU worker beside weights and KV blocks, with room to breathe (docs/log.md)."""
+LLAMACPP_NEEDS_BYTES = 600_000_000
+"""The same of llama.cpp and the front before it."""
 STATE_NEEDS_BYTES = 500_000_000
 
 
@@ -28,7 +30,7 @@ def available_bytes() -> int:
 
 def on_a_cpu(entry: Entry, models: Path) -> int:
     """Memory of one CPU worker of an entry. Raises UserError for a dial that is no number."""
-    if entry.engine == "attached":
+    if entry.elsewhere:
         return 0
     try:
         kv_bytes = (entry.kv_cache_gib or int(os.environ.get("KV_CACHE_GIB") or 1)) << 30
@@ -37,15 +39,23 @@ def on_a_cpu(entry: Entry, models: Path) -> int:
         raise UserError(f"KV_CACHE_GIB is a whole number of GiB, KV_HOST_GIB a number: {error}.") from error
     if (os.environ.get("KV_TIER") or "redis") == "redis":
         kv_bytes += host_bytes
+    if entry.engine == "llamacpp":
+        return LLAMACPP_NEEDS_BYTES + kv_bytes + _gguf_bytes(entry.model(models))
     return WORKER_NEEDS_BYTES + kv_bytes + checkpoint.weights_bytes(entry.model(models), entry.revision)
+
+
+def _gguf_bytes(model: str) -> int:
+    """Of a GGUF file, or of those in a folder."""
+    path = Path(model)
+    return sum(file.stat().st_size for file in (path.glob("*.gguf") if path.is_dir() else [path]) if file.is_file())
 
 
 def together(dials: Dials) -> int:
     """Memory of all CPU workers that are awake at once."""
-    needs = {entry.name: on_a_cpu(entry, dials.models) for entry in dials.catalog.models}
-    always = sum(needs[e.name] * e.replicas for e in dials.catalog.models if e.start == "always")
+    needs = {entry.slug: on_a_cpu(entry, dials.models) for entry in dials.catalog.models}
+    always = sum(needs[e.slug] * e.replicas for e in dials.catalog.models if e.start == "always")
     return always + largest(
-        (needs[e.name] for e in dials.catalog.models if e.start == "on_demand" for _ in range(e.replicas)),
+        (needs[e.slug] for e in dials.catalog.models if e.start == "on_demand" for _ in range(e.replicas)),
         dials.catalog.awake,
     )
 
@@ -62,7 +72,7 @@ def check_gpus(dials: Dials) -> None:
         fit.check_driver(found)
         dealt = places.deal(dials.catalog, dials.gpus)
         for entry in dials.catalog.models:
-            for place in dealt[entry.name]:
+            for place in dealt[entry.slug]:
                 if entry.engine == "vllm" and place.gpus and not entry.arguments:
                     how = Serving(len(place.gpus), place.share, entry.max_tokens, entry.sequences, 4 * entry.adapters)
                     fit.check_model(found, place.gpus, entry.model(dials.models), entry.revision, how)

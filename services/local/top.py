@@ -72,12 +72,13 @@ def picture(status: dict[str, Any]) -> Group:
 
 def _workers(workers: list[dict[str, Any]]) -> Table:
     table = Table(expand=False, box=None, pad_edge=False)
-    for name in ("worker", "state", "running", "waiting", "KV blocks", "out/s", "in/s", "prompt cached", "models"):
+    names = ("worker", "engine", "state", "running", "waiting", "KV blocks", "out/s", "in/s", "prompt cached", "models")
+    for name in names:
         table.add_column(name, justify="right" if name in ("running", "waiting", "out/s", "in/s") else "left")
     for worker in workers:
         state, waiting = worker["state"], worker["waiting"] + worker["wished"]  # in the engine, and for it to wake
         table.add_row(
-            worker["id"], Text(state, style=STYLES.get(state, "red")),
+            worker["id"], worker["engine"], Text(state, style=STYLES.get(state, "red")),
             f"{worker['in_flight']}/{worker['slots']}", str(waiting), bar(worker["kv_use"]),
             f"{worker['tokens_per_s']:.1f}", f"{worker['prompt_tokens_per_s']:.1f}", share(worker["cached_share"]),
             ", ".join(worker["models"]),

@@ -41,7 +41,7 @@ def wanted(dials: Dials) -> list[Wanted]:
     found, dealt = [], places.deal(dials.catalog, dials.gpus)
     cores = cpu_slices(dials.always) if dials.models_file is None and not dials.gpus else []
     for entry in dials.catalog.models:
-        for number, place in enumerate(dealt[entry.name]):
+        for number, place in enumerate(dealt[entry.slug]):
             env = places.environment(entry, dials.models, place, dials.catalog.awake)
             if cores and cores[number]:
                 env["CPU_THREADS_BIND"] = cores[number]

@@ -55,7 +55,7 @@ class Agent:
         self.heart.alive_file, self.heart.on_demand = settings.alive_file, settings.on_demand
         self._turns = Turns(self._redis, settings, self.heart) if settings.shared_place else None
         self._models = [Model(settings.served_name, settings.max_model_len)]
-        self._patience_s = settings.stall_restart_s if self._engine.command() is not None else math.inf
+        self._patience_s = math.inf if self._engine.elsewhere else settings.stall_restart_s
         self.stopping = asyncio.Event()
         self.came_up = False
         """Whether its engine ever was ready."""
@@ -181,17 +181,20 @@ class Agent:
 
     async def _come_up(self) -> bool:
         """Until the engine is healthy and has said what it serves."""
-        started = time.monotonic()
+        started, silence = time.monotonic(), ""
         while True:
-            with contextlib.suppress(EngineSilent):
+            try:
                 if await self._engine.healthy():
                     self._models = await self._engine.models()
+                    self.heart.beat.engine = self._engine.name
                     self.heart.serves(self._models, [])
                     self.came_up = True
                     logger.info("engine ready", worker=self.heart.beat.id, after_s=round(time.monotonic() - started, 1))
                     return True
+            except EngineSilent as error:
+                silence = f"; it says: {error}"
             if time.monotonic() - started > self._settings.start_timeout_s:
-                raise EngineDied(f"not healthy after START_TIMEOUT_S={self._settings.start_timeout_s:g}")
+                raise EngineDied(f"not healthy after START_TIMEOUT_S={self._settings.start_timeout_s:g}{silence}")
             await asyncio.sleep(ASK_EVERY_S)
 
     async def _serve(self) -> None:

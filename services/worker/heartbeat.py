@@ -33,13 +33,12 @@ class Heart:
         self._redis, self._engine, self._every_s, self._stall_s = redis, engine, every_s, stall_s
         self.beat = Heartbeat(
             id=worker_id, address=engine.address, state="ready", models=[], slots=engine.slots, engine=engine.name,
-            metered=engine.metered,
         )
         self.reading = 0
         """Clients for whom the engine must stay, though it has nothing to do for them."""
         self.alive_file: Path | None = None
         self.on_demand = False
-        self._steps = -1.0
+        self._steps: float | None = -1.0
         self._stepped_at = self._heard_at = time.monotonic()
         self._numbers_at = 0.0
         self._heard_of = {"publish": True, "set": True}
@@ -94,7 +93,7 @@ class Heart:
 
     async def _read_numbers(self) -> None:
         numbers, beat = await self._engine.numbers(), self.beat
-        if numbers.steps != self._steps or not self._engine.metered:  # who tells no steps is not seen to be stuck
+        if numbers.steps is None or numbers.steps != self._steps:
             self._steps, self._stepped_at = numbers.steps, time.monotonic()
         if numbers.prompt_tokens != beat.prompt_tokens:  # too short to be seen in flight
             self._used_at = time.monotonic()

@@ -1,7 +1,10 @@
-"""What vLLM loads with `--middleware`: the token check, the load report, and the metering of every request."""
+"""The token check, the load report, and the metering of every request: what vLLM loads with `--middleware`, and what
+`front.py` puts before other engines.
+"""
 
 import hmac
 import os
+from collections.abc import Collection
 
 import msgspec
 from prometheus_client import REGISTRY
@@ -25,16 +28,21 @@ LOAD_PATH = "/owngpt/load"
 WORKER_ID = "OWNGPT_WORKER_ID"
 """Environment variable by which the agent tells the middleware whose requests these are."""
 OPENMETRICS = b"application/openmetrics-text; version=1.0.0; charset=utf-8"
+SALTED_BY_VLLM = ("chat", "completions", "responses", "messages", "embeddings")
+"""Where vLLM takes a `cache_salt`; the rest reads no KV blocks."""
 OPEN_PATHS = frozenset({"/health", "/metrics", LOAD_PATH})
 
 
 class WorkerMiddleware:
-    """Outermost layer of vLLM's app: without the worker token only health, metrics and load are answered."""
+    """Outermost layer of an engine's app: without the worker token only health, metrics and load are answered.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `salted`: the routes on which the engine takes a `cache_salt`.
+    """
+
+    def __init__(self, app: ASGIApp, *, vllm: bool = True, salted: Collection[str] = SALTED_BY_VLLM) -> None:
         settings = WorkerSettings()  # filled from the environment
         logs.configure("worker", settings.log_level)
-        self._app = app
+        self._app, self._vllm = app, vllm
         self._expected = f"Bearer {settings.worker_token}".encode()
         redis = connect(settings)
         self._recorder = Recorder(redis)
@@ -45,7 +53,8 @@ class WorkerMiddleware:
             cache = connect_cache(settings, settings.cache_redis_url)
             self._store = Store(cache, settings.answer_secret, lambda result: metrics.answers.labels(result).inc())
         self._metered = Metering(
-            app, self.meter, os.environ[WORKER_ID], vllm=True, store=self._store, responses=ResponseStore(redis)
+            app, self.meter, os.environ[WORKER_ID], salted=salted, priority=vllm, store=self._store,
+            responses=ResponseStore(redis),
         )
 
     @property
@@ -64,7 +73,7 @@ class WorkerMiddleware:
             load = {"in_flight": self.meter.in_flight, "interactive": self.meter.interactive,
                     "reading": self.meter.reading, "keeps": self.keeps}
             await _answer(send, 200, [(b"content-type", b"application/json")], msgspec.json.encode(load))
-        elif path == "/metrics" and wants_exemplars(scope):
+        elif path == "/metrics" and self._vllm and wants_exemplars(scope):
             await _answer(send, 200, [(b"content-type", OPENMETRICS)], generate_latest(REGISTRY, ALLOWUTF8))  # type: ignore[no-untyped-call]
         elif path in OPEN_PATHS:
             await self._app(scope, receive, send)

@@ -11,9 +11,9 @@ PATIENCE_S = ((signal.SIGTERM, 8.0), (signal.SIGKILL, 5.0))
 
 
 class Process:
-    """One child, in a process group of its own. Without a command there is none: it never dies, and stops at once."""
+    """One child, in a process group of its own."""
 
-    def __init__(self, command: list[str] | None, environment: dict[str, str]) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self._command, self._environment = command, environment
         self._child: asyncio.subprocess.Process | None = None
 
@@ -22,10 +22,8 @@ class Process:
         """Whether it was started and has not ended."""
         return self._child is not None and self._child.returncode is None
 
-    async def start(self) -> int | None:
+    async def start(self) -> int:
         """Start it; its process id."""
-        if self._command is None:
-            return None
         # No session of its own: that would be a scheduling group (autogroup), and an engine that starts beside a busy
         # one then gets a hundredth of a core for minutes (docs/log.md).
         self._child = await asyncio.create_subprocess_exec(
@@ -34,7 +32,7 @@ class Process:
         return self._child.pid
 
     async def wait(self) -> int:
-        """Until it ends by itself; its exit status."""
+        """Until it ends by itself; its exit status. For ever before it is started."""
         if self._child is None:
             await asyncio.get_running_loop().create_future()
         assert self._child is not None  # noqa: S101 - else one waits for ever above

@@ -18,9 +18,12 @@ class WorkerSettings(PlaceSettings):
     worker_token_file: Path
     worker_name: str = Field(default_factory=socket.gethostname, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
     accelerator: Literal["cpu", "cuda"] = "cpu"
-    engine: Literal["vllm", "attached"] = Field("vllm", description="attached: a server that runs at ENGINE_URL")
-    engine_url: str = Field("", pattern=r"^(http://[^/]+)?/?$", description="ENGINE=attached: where, without a path")
-    model: str = Field("", description="a checkpoint folder or a hub name")
+    engine: Literal["vllm", "llamacpp", "trtllm", "sglang", "attached"] = Field(
+        "vllm", description="what runs the model; the last three run at ENGINE_URL"
+    )
+    engine_url: str = Field("", pattern=r"^(https?://[^/\s]+(/\S*)?)?$", description="where the engine runs already")
+    engine_key_file: Path | None = Field(None, description="holds the key that the server at ENGINE_URL asks for")
+    model: str = Field("", description="a checkpoint folder, a hub name, a GGUF file; at ENGINE_URL: its name there")
     model_revision: str = Field("", description="a hub model's commit, tag or branch; empty: its main branch's")
     served_model_name: str = Field("", description="the name clients use; default: the last part of MODEL")
     engine_host: str = "127.0.0.1"
@@ -58,6 +61,11 @@ class WorkerSettings(PlaceSettings):
         return read_secret(self.worker_token_file)
 
     @cached_property
+    def engine_key(self) -> str:
+        """What the server at ENGINE_URL asks for; empty: nothing."""
+        return self.engine_key_file.read_text().strip() if self.engine_key_file is not None else ""
+
+    @cached_property
     def kv_secret(self) -> str:
         """The key of the digests in KV blocks; all workers of a deployment share it."""
         assert self.kv_secret_file is not None  # noqa: S101 - checked at the start
@@ -77,12 +85,18 @@ class WorkerSettings(PlaceSettings):
             read_secret(self.kv_secret_file)
         if self.answer_secret_file is not None:
             read_secret(self.answer_secret_file)
-        if self.on_demand and not (self.place and self.engine == "vllm"):
+        started = self.engine in ("vllm", "llamacpp")
+        if self.on_demand and not (self.place and started):
             raise ValueError("ON_DEMAND needs PLACE, and an engine that can be started")
-        if self.engine == "attached" and not self.engine_url:
-            raise ValueError("ENGINE=attached needs ENGINE_URL")
-        if self.engine == "vllm" and not self.model:
-            raise ValueError("ENGINE=vllm needs MODEL")
+        if not started and not self.engine_url:
+            raise ValueError(f"ENGINE={self.engine} needs ENGINE_URL")
+        if started and not self.model:
+            raise ValueError(f"ENGINE={self.engine} needs MODEL")
+        if self.engine_key_file is not None:
+            try:
+                self.engine_key_file.read_text()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"cannot read ENGINE_KEY_FILE={self.engine_key_file}: {error}") from error
         return self
 
     @property

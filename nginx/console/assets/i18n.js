@@ -13,7 +13,7 @@ const ZH = {
   train: "上传并训练", jobs: "任务", loss: "损失", events: "事件", pause: "暂停", resume: "继续", cancel: "取消",
   try_it: "在对话中试用",
   "key refused": "此密钥无效，或已被撤销。", "no answer": "服务没有响应：", "first token": "首 token", "tokens": "token",
-  "worker": "节点", "cached prompt": "缓存的提示", "from memory": "来自缓存", "stopped": "已停止", "request": "请求",
+  "worker": "节点", "engine": "引擎", "cached prompt": "缓存的提示", "from memory": "来自缓存", "stopped": "已停止", "request": "请求",
   "ready": "就绪节点", "running": "运行中", "waiting": "排队", "tokens/s": "token/秒", "requests, last minute": "请求（近一分钟）",
   "failed, last minute": "失败（近一分钟）", "first token, median": "首 token 中位数", "first token, p95": "首 token p95",
   "prompt cached": "提示缓存命中", "today": "今天", "this month": "本月", "budget left": "预算剩余", "1M tokens, today": "每百万 token（今天）",

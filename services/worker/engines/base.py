@@ -1,7 +1,6 @@
 """What the agent asks of an engine, whatever it is.
 
-An engine that the agent starts has a command; one that runs elsewhere has none. What an engine cannot tell is zero,
-what it cannot do is None.
+Every engine has our middleware inside or before it. What an engine cannot tell is zero, what it cannot do is None.
 """
 
 import math
@@ -12,6 +11,8 @@ import httpx
 import msgspec
 
 from common.workers import Model
+from services.worker.middleware import LOAD_PATH
+from services.worker.settings import WorkerSettings
 
 ANSWER_TIMEOUT_S = 1.0
 LOAD_TIMEOUT_S = 60.0
@@ -21,14 +22,11 @@ class EngineSilent(Exception):
     """The engine did not answer, or not in a way that can be read."""
 
 
-class Refused(EngineSilent):
-    """It answered, and not with what was asked for."""
-
-
 class Numbers(NamedTuple):
     """An engine's state as heartbeats carry it. `steps` only says whether it makes any."""
 
-    steps: float = 0.0
+    steps: float | None = 0.0
+    """None: it does not tell, and is never seen to be stuck."""
     waiting: int = 0
     kv_use: float = 0.0
     prompt_tokens: int = 0
@@ -55,6 +53,14 @@ class Entry(msgspec.Struct):
     created: int = 0
     parent: str | None = None
     root: str | None = None
+    owned_by: str = ""
+    meta: dict[str, object] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens in its longest sequence; 0: it does not say. llama.cpp says it elsewhere than vLLM and SGLang."""
+        context = (self.meta or {}).get("n_ctx")
+        return self.max_model_len or (context if isinstance(context, int) else 0)
 
 
 class _Listing(msgspec.Struct):
@@ -82,12 +88,12 @@ class Engine(Protocol):
     """host:port as nginx and the gateway reach it."""
     slots: int
     """Requests it runs at once; 0: unknown."""
-    metered: bool
-    """Whether our middleware is inside. Else the gateway relays and meters."""
+    elsewhere: bool
+    """Whether somebody else runs it: what ails it is not mended by starting ours anew."""
     adapters: AdapterLoader | None
 
-    def command(self) -> list[str] | None:
-        """What starts it; None: it runs elsewhere."""
+    def command(self) -> list[str]:
+        """What starts it, or what of ours stands before it."""
 
     def environment(self) -> dict[str, str]:
         """What its process finds in its environment."""
@@ -117,11 +123,41 @@ class Engine(Protocol):
         """Nobody asks any more."""
 
 
+class Served:
+    """What all engines have in common: our middleware answers for them, at the worker's port on this machine."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings, self.address = settings, settings.address
+        self._http = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{settings.engine_port}",
+            headers={"authorization": f"Bearer {settings.worker_token}"}, timeout=ANSWER_TIMEOUT_S,
+        )
+
+    async def healthy(self) -> bool:
+        """Whether it can answer requests."""
+        try:
+            await get(self._http, "/health")
+        except EngineSilent:
+            return False
+        return True
+
+    async def load(self) -> Load:
+        """Asked several times a second. Raises EngineSilent."""
+        try:
+            return msgspec.json.decode(await get(self._http, LOAD_PATH), type=Load)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise EngineSilent(f"{LOAD_PATH}: {error}") from error
+
+    async def close(self) -> None:
+        """Nobody asks any more."""
+        await self._http.aclose()
+
+
 class Prometheus:
     """Reads numbers off an engine's /metrics: the sum of each metric's samples."""
 
     def __init__(self, *names: bytes) -> None:
-        self._patterns = [re.compile(rb"^%s(?:\{[^}]*\})? (\S+)" % name, re.M) for name in names]
+        self._patterns = [re.compile(rb"^%s(?:\{[^}]*\})? (\S+)" % name, re.M) for name in names]  # "" never matches
 
     def read(self, text: bytes) -> list[float]:
         """The sums, in the order of the names; 0.0 for a metric that is not there. Raises EngineSilent."""
@@ -141,7 +177,7 @@ async def get(http: httpx.AsyncClient, path: str) -> bytes:
     except httpx.HTTPError as error:
         raise EngineSilent(f"{path}: {type(error).__name__}") from error
     if not answer.is_success:
-        raise Refused(f"{path}: status {answer.status_code}")
+        raise EngineSilent(f"{path}: status {answer.status_code}")
     return answer.content
 
 

@@ -5,35 +5,29 @@ import time
 from hashlib import blake2b
 
 import httpx
-import msgspec
 import psutil
 from loguru import logger
 
 from common import checkpoint
 from common.workers import Model
 from services.worker import identity
+from services.worker.engines import dialects
 from services.worker.engines.base import (
-    ANSWER_TIMEOUT_S,
     LOAD_TIMEOUT_S,
     AdapterLoader,
     EngineSilent,
     Entry,
-    Load,
     Numbers,
     Prometheus,
+    Served,
     get,
     listed,
 )
-from services.worker.middleware import LOAD_PATH, WORKER_ID
+from services.worker.middleware import WORKER_ID
 from services.worker.settings import WorkerSettings
 from services.worker.vllm import command, shm
 
-_METRICS = Prometheus(
-    b"vllm:iteration_tokens_total_count", b"vllm:num_requests_waiting", b"vllm:kv_cache_usage_perc",
-    b"vllm:prompt_tokens_total", b"vllm:prompt_tokens_cached_total", b"vllm:generation_tokens_total",
-)
-
-
+_METRICS = Prometheus(*dialects.VLLM)
 SLEEP_TIMEOUT_S = 120.0
 
 
@@ -42,19 +36,15 @@ def _host_has_room(settings: WorkerSettings) -> bool:
     return psutil.virtual_memory().available > 1.2 * checkpoint.weights_bytes(settings.model, settings.model_revision)
 
 
-class Vllm:
+class Vllm(Served):
     """One vLLM server on this machine."""
 
     name = "vllm"
-    metered = True
+    elsewhere = False
 
     def __init__(self, settings: WorkerSettings, worker_id: str) -> None:
-        self._settings, self._worker_id = settings, worker_id
-        self.address, self.slots = settings.address, command.sequences(settings)
-        self._http = httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{settings.engine_port}",
-            headers={"authorization": f"Bearer {settings.worker_token}"}, timeout=ANSWER_TIMEOUT_S,
-        )
+        super().__init__(settings)
+        self._worker_id, self.slots = worker_id, command.sequences(settings)
         self.adapters: AdapterLoader | None = _VllmAdapters(self._http) if command.serves_adapters(settings) else None
 
     def command(self) -> list[str]:
@@ -63,25 +53,12 @@ class Vllm:
     def environment(self) -> dict[str, str]:
         return command.environment(self._settings) | {WORKER_ID: self._worker_id}
 
-    async def healthy(self) -> bool:
-        try:
-            await get(self._http, "/health")
-        except EngineSilent:
-            return False
-        return True
-
     async def models(self) -> list[Model]:
         return [
             Model(entry.id, entry.max_model_len or 0, entry.created, entry.parent,
                   await asyncio.to_thread(self._revision, entry))
             for entry in await listed(self._http)
         ]
-
-    async def load(self) -> Load:
-        try:
-            return msgspec.json.decode(await get(self._http, LOAD_PATH), type=Load)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise EngineSilent(f"{LOAD_PATH}: {error}") from error
 
     async def numbers(self) -> Numbers:
         steps, waiting, kv_use, prompt, cached, generated = _METRICS.read(await get(self._http, "/metrics"))
@@ -107,9 +84,6 @@ class Vllm:
 
     def clean_up(self) -> None:
         shm.sweep()
-
-    async def close(self) -> None:
-        await self._http.aclose()
 
     def _revision(self, entry: Entry) -> str:
         """What an answer of this model depends on: its files, and how the engine was told to run them."""
