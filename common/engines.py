@@ -12,25 +12,30 @@ OURS = frozenset((
 ))
 """What the stack sees to itself, and labels that change no answer: never refused, kept from who does not take it."""
 
-_NOTHING = frozenset((b"null", b"false", b"[]", b"{}", b'""'))
+_NOTHING: tuple[object, ...] = (None, False, [], {}, "")
 """Values that ask for nothing, in most fields."""
-_ASKS_NOTHING: Mapping[str, frozenset[bytes]] = {
-    **dict.fromkeys(("n", "best_of"), frozenset((b"null", b"1"))),
-    **dict.fromkeys(
-        ("parallel_tool_calls", "add_generation_prompt", "skip_special_tokens"), frozenset((b"null", b"true"))
-    ),
-    "encoding_format": frozenset((b"null", b'"float"')),
-    "service_tier": frozenset((b"null", b'"auto"', b'"default"')),
-    "truncation": frozenset((b"null", b'"disabled"')),
-    "text": frozenset((b"null", b"{}", b'{"format":{"type":"text"}}')),
+_ASKS_NOTHING: Mapping[str, tuple[object, ...]] = {
+    **dict.fromkeys(("n", "best_of", "repetition_penalty", "length_penalty"), (None, 1)),
+    **dict.fromkeys(("min_tokens", "top_logprobs", "min_p"), (None, 0)),
+    **dict.fromkeys(("top_k", "truncate_prompt_tokens"), (None, 0, -1)),
+    **dict.fromkeys(("parallel_tool_calls", "add_generation_prompt", "skip_special_tokens",
+                     "spaces_between_special_tokens"), (None, True)),
+    "encoding_format": (None, "float"),
+    "service_tier": (None, "auto", "default"),
+    "truncation": (None, "disabled"),
+    "text": (None, {}, {"format": {"type": "text"}}),
 }
+_SHORT_BYTES = 64
+"""A longer value asks for something."""
 
+_TOOLS = "tools tool_choice parallel_tool_calls"
 _SAMPLING = "stream stream_options temperature top_p stop seed n frequency_penalty presence_penalty logit_bias logprobs"
 _CHAT = f"{_SAMPLING} messages max_tokens max_completion_tokens top_logprobs response_format tools tool_choice"
 _TEXT = f"{_SAMPLING} prompt max_tokens"
-_TURN = "input instructions stream max_output_tokens temperature top_p tools tool_choice reasoning"
-_MESSAGES = "messages system max_tokens stream stop_sequences temperature top_p top_k tools tool_choice thinking"
-_COUNT = "messages system tools tool_choice thinking"
+_TURN = "input instructions stream stream_options max_output_tokens temperature top_p tools tool_choice reasoning"
+_HINTS = "output_config cache_control context_management"
+_COUNT = f"messages system tools tool_choice thinking {_HINTS}"
+_MESSAGES = f"{_COUNT} max_tokens stream stop_sequences temperature top_p top_k"
 
 _LLAMACPP = (
     "top_k min_p ignore_eos repeat_penalty repeat_last_n typical_p top_n_sigma xtc_probability xtc_threshold"
@@ -50,11 +55,11 @@ _TRTLLM = (
 _TEMPLATES = "chat_template_kwargs reasoning_effort"
 
 _TAKES = {
-    "llamacpp": {
-        "/v1/chat/completions": f"{_CHAT} {_LLAMACPP} {_TEMPLATES} parallel_tool_calls continue_final_message"
+    "llamacpp+tools": {
+        "/v1/chat/completions": f"{_CHAT} {_LLAMACPP} {_TEMPLATES} {_TOOLS} continue_final_message"
                                 " add_generation_prompt",
         "/v1/completions": f"{_TEXT} {_LLAMACPP}",
-        "/v1/responses": f"{_TURN} {_LLAMACPP}",
+        "/v1/responses": f"{_TURN} {_LLAMACPP} {_TOOLS}",
         "/v1/messages": _MESSAGES,
         "/v1/messages/count_tokens": _COUNT,
     },
@@ -82,9 +87,11 @@ _TAKES = {
         "/v1/embeddings": "input dimensions encoding_format user",
     },
 }
-LIMITED: Mapping[str, Mapping[str, frozenset[str]]] = {
+LIMITED: dict[str, Mapping[str, frozenset[str]]] = {
     engine: {path: frozenset(fields.split()) for path, fields in paths.items()} for engine, paths in _TAKES.items()
 }
+# A model whose template has no place for tools: llama.cpp drops them.
+LIMITED |= {"llamacpp": {path: takes.difference(_TOOLS.split()) for path, takes in LIMITED["llamacpp+tools"].items()}}
 """Engine -> the paths that it has -> the fields that it takes there, beside `model`."""
 
 _decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -94,8 +101,15 @@ def asked(body: bytes) -> list[str]:
     """The fields of a body, a JSON object, that ask an engine for something, in their order."""
     return [
         name for name, value in _decode(body).items()
-        if name != "model" and name not in OURS and bytes(value) not in _ASKS_NOTHING.get(name, _NOTHING)
+        if name != "model" and name not in OURS and _asks(name, value)
     ]  # fmt: skip
+
+
+def _asks(name: str, value: msgspec.Raw) -> bool:
+    if len(value) > _SHORT_BYTES:
+        return True
+    said, nothing = msgspec.json.decode(value), _ASKS_NOTHING.get(name, _NOTHING)
+    return not any(said == each and isinstance(said, bool) == isinstance(each, bool) for each in nothing)
 
 
 def missing(engine: str, path: str, fields: list[str]) -> str:

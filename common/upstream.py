@@ -7,6 +7,7 @@ before or after the first byte.
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 import aiohttp
 
@@ -18,7 +19,13 @@ TIMEOUT = 504
 FAILURES = (500, 502, 503, TIMEOUT)
 """A worker's answers after which another one is asked; nginx' `error_page` says the same. 503: it took nothing on."""
 _PASSED = {b"content-type", b"x-request-id", CONTEXT, TRACEPARENT}
-_RETURNED = {"content-type", "server-timing", "x-request-id", "x-owngpt-worker", "x-owngpt-cache"}
+OURS_RETURNED = frozenset(("content-type", "server-timing", "x-request-id", "x-owngpt-worker", "x-owngpt-cache"))
+"""Headers of a worker's answer that its client gets."""
+THEIRS_RETURNED = frozenset(("content-type", "retry-after"))
+"""The same of a server that is none of ours: its other names mean nothing here, or something else."""
+MAX_ERROR_BYTES = 64 * 1024
+Judge = Callable[[int, bytes], int]
+"""(status, body) of an error -> the status that it is taken for: a server's 500 may be a client's mistake."""
 MAX_UPSTREAM_CONNECTIONS = 4096
 
 
@@ -28,6 +35,8 @@ def open_session(connect_timeout_s: float, read_timeout_s: float) -> aiohttp.Cli
         connector=aiohttp.TCPConnector(limit=MAX_UPSTREAM_CONNECTIONS, keepalive_timeout=4),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s),
         auto_decompress=False,
+        headers={"Accept-Encoding": "identity"},  # the bytes are read on their way
+        cookie_jar=aiohttp.DummyCookieJar(),  # one client's are not another's
     )
 
 
@@ -38,8 +47,11 @@ class Upstream:
     in anything else. GatewayTimeout: silence beyond the read timeout.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, token: str) -> None:
-        self._session, self._url = session, url
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, token: str, *, returned: frozenset[str] = OURS_RETURNED,
+        judge: Judge | None = None,
+    ) -> None:
+        self._session, self._url, self._returned, self._judge = session, url, returned, judge
         self._authorization = f"Bearer {token}" if token else ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,24 +72,33 @@ class Upstream:
         headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in scope["headers"] if n in _PASSED}
         if self._authorization:
             headers["Authorization"] = self._authorization
-        headers["Accept-Encoding"] = "identity"  # the metering reads the bytes
         sent = stream = False
         try:
-            async with self._session.post(self._url + scope["path"], data=body, headers=headers) as response:
-                if response.status == TIMEOUT:
+            async with self._session.post(
+                self._url + scope["path"], data=body, headers=headers, allow_redirects=False
+            ) as response:
+                status, error = response.status, b""
+                if self._judge is not None and status >= 300:
+                    error = await response.content.read(MAX_ERROR_BYTES)
+                    status = self._judge(status, error)
+                if status == TIMEOUT:
                     raise GatewayTimeout("The worker did not answer in time.")
-                if response.status in FAILURES:
-                    raise UpstreamFailed(f"status {response.status}", ran=response.status != 503, answered=True)
+                if status in FAILURES:
+                    raise UpstreamFailed(f"status {response.status}", ran=status != 503, answered=True)
                 stream = response.content_type == "text/event-stream"
                 start = {
                     "type": "http.response.start",
-                    "status": response.status,
+                    "status": status,
                     "headers": [
                         (n.lower().encode(), v.encode("latin-1"))
                         for n, v in response.headers.items()
-                        if n.lower() in _RETURNED or (n.lower() == "content-length" and not stream)
+                        if n.lower() in self._returned or (n.lower() == "content-length" and not stream)
                     ],
                 }
+                if error:
+                    sent = True
+                    await send(start)
+                    await send({"type": "http.response.body", "body": error, "more_body": True})
                 async for chunk in response.content.iter_any():
                     if not sent:
                         sent = True

@@ -14,7 +14,6 @@ from typing import Literal
 import msgspec
 from loguru import logger
 
-from common import engines
 from common.redis.names import HEARTBEAT_TTL_MS
 
 State = Literal["ready", "stalled", "draining", "asleep", "waking", "gone"]
@@ -103,18 +102,14 @@ class Worker:
 
 
 class Pool:
-    """The workers that can take a request for a model, in no order, and the same by id.
+    """The workers that can take a request for a model, in no order, and the same by id."""
 
-    `limited`: some have an engine that takes less than vLLM.
-    """
-
-    __slots__ = ("by_id", "limited", "workers")
+    __slots__ = ("by_id", "workers")
 
     def __init__(self, workers: Iterable[Worker]) -> None:
         self.workers = list(workers)
         random.shuffle(self.workers)  # `routing.choose` looks at a stretch of it
         self.by_id = {worker.beat.id: worker for worker in self.workers}
-        self.limited = any(worker.beat.engine in engines.LIMITED for worker in self.workers)
 
     def without(self, addresses: Sequence[str]) -> "Pool":
         """Those at other addresses."""
@@ -138,6 +133,8 @@ class WorkerTable:
         """Workers that went without having drained: killed, cut off, or their engine died."""
         self.known_models: set[str] = set()
         """Every model some worker has served: one of them may come back, so asking for it is no mistake."""
+        self._engine_seen_at: dict[str, dict[str, float]] = {}
+        """Of each model, when an engine last served it: one that is away for a moment may come back."""
         self._tuned_seen_at: dict[str, float] = {}
         """When a worker last had a tuned model: one that nobody has for FORGET_S was deleted."""
         self._clock = clock
@@ -145,7 +142,8 @@ class WorkerTable:
 
     def _changed(self) -> None:
         """Forget what was worked out."""
-        self._pools: dict[str, Pool] = {}
+        self._pools: dict[tuple[str, frozenset[str] | None], Pool] = {}
+        self._engines: dict[str, frozenset[str]] = {}
         self._models: dict[str, Model] | None = None
         self._base_models: frozenset[str] | None = None
         self._revisions: dict[str, str] = {}
@@ -184,6 +182,7 @@ class WorkerTable:
                 self.known_models -= dropped - self.models().keys()
         self.known_models.update(model.id for model in beat.models)
         for model in beat.models:
+            self._engine_seen_at.setdefault(model.id, {})[beat.engine] = self._clock()
             if model.parent is not None:
                 self._tuned_seen_at[model.id] = self._clock()
 
@@ -208,6 +207,12 @@ class WorkerTable:
         else:
             self.keep_alive()
         oldest = self._clock() - FORGET_S
+        for model, seen in list(self._engine_seen_at.items()):
+            for engine in [engine for engine, seen_at in seen.items() if seen_at < oldest]:
+                del seen[engine]
+                self._engines.pop(model, None)
+            if not seen:
+                del self._engine_seen_at[model]
         for name in [name for name, seen_at in self._tuned_seen_at.items() if seen_at < oldest]:
             if name not in self.models():
                 del self._tuned_seen_at[name]
@@ -221,25 +226,39 @@ class WorkerTable:
                 worker.suspect_until = until
         self._changed()
 
-    def serving(self, model: str) -> Pool:
+    def engines(self, model: str) -> frozenset[str]:
+        """The engines that serve a model, or did in the last FORGET_S seconds."""
+        found = self._engines.get(model)
+        if found is None:
+            now = {worker.beat.engine for worker in self.workers.values() if model in worker.names}
+            found = frozenset(now.union(self._engine_seen_at.get(model, ())))
+            if found:  # else a name that a client made up
+                self._engines[model] = found
+        return found
+
+    def serving(self, model: str, able: frozenset[str] | None = None) -> Pool:
         """Workers that can take a request for a model, the healthy ones alone where there are any.
 
-        Draining and sleeping workers are never in it. Suspects and stalled workers are the last resort.
+        `able`: only those with one of these engines. Draining and sleeping workers are never in it. Suspects and
+        stalled workers are the last resort.
         """
         if self._suspicion_ends != math.inf and self._clock() >= self._suspicion_ends:
             self._changed()
-        pool = self._pools.get(model)
+        pool = self._pools.get((model, able))
         if pool is None:
             now = self._clock()
-            able = [w for w in self.workers.values() if model in w.names and w.beat.state not in TAKES_NOTHING]
-            pool = Pool([w for w in able if w.beat.state == "ready" and w.suspect_until <= now] or able)
-            if able:  # else a name that a client made up, of which there is no end
-                self._pools[model] = pool
+            found = [w for w in self._of(model, able) if w.beat.state not in TAKES_NOTHING]
+            pool = Pool([w for w in found if w.beat.state == "ready" and w.suspect_until <= now] or found)
+            if found:  # else a name that a client made up, of which there is no end
+                self._pools[model, able] = pool
         return pool
 
-    def sleeping(self, model: str) -> list[Worker]:
-        """Workers that serve a model once they are awake."""
-        return [w for w in self.workers.values() if w.beat.state in SLEEPING and model in w.names]
+    def sleeping(self, model: str, able: frozenset[str] | None = None) -> list[Worker]:
+        """Workers that serve a model once they are awake; `able` as above."""
+        return [w for w in self._of(model, able) if w.beat.state in SLEEPING]
+
+    def _of(self, model: str, able: frozenset[str] | None) -> list[Worker]:
+        return [w for w in self.workers.values() if model in w.names and (able is None or w.beat.engine in able)]
 
     def state_of(self, model: str) -> State:
         """The best state of a worker that serves a model: what a request for it meets."""

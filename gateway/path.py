@@ -121,11 +121,10 @@ class RequestPath:
                     question = None
                 self._refuse_poison(tried, body)  # whoever was answering it may have killed workers meanwhile
         name = model or ask.model  # 7
-        if (woken := self._chooser.waits(name)) is not None:
+        able = self._chooser.able(arrival.path, body, name)
+        if (woken := self._chooser.waits(name, able)) is not None:
             yield woken
-        chosen = self._chooser.choose(
-            arrival.path, body, ask, name, scope, tried, wish.last, woken=woken is not None
-        )
+        chosen = self._chooser.choose(ask, name, able, scope, tried, wish.last, woken=woken is not None)
         return self._send(arrival, ask, model, key, scope, question, chosen, wish)  # 8
 
     # --- the steps, in their order ---------------------------------------------------------------
@@ -255,7 +254,8 @@ class RequestPath:
             self._refuse_poison(tried, relay.body)
             told = relay.context
             name = told.model or relay.ask.model
-            chosen = self._chooser.choose(path, relay.body, relay.ask, name, relay.cache_scope, tried)
+            able = self._chooser.able(path, relay.body, name)
+            chosen = self._chooser.choose(relay.ask, name, able, relay.cache_scope, tried)
         except errors.ApiError as error:
             return self.give_up(relay, path, error)
         chosen.worker.sent += 1

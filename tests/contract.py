@@ -122,7 +122,8 @@ def problem(client: httpx.Client, model: str, engine: str, case: Case) -> str:
     try:
         if not case.good(said):
             return f"not as asked: {said}"
-        if case.twice and text_of(said) != text_of(ask(client, model, case)[1]):
+        # llama.cpp computes a prompt's cached and uncached parts in other batches, which may tip a close choice.
+        if case.twice and text_of(said) != text_of(ask(client, model, case)[1]) and not engine.startswith("llamacpp"):
             return "another text the second time"
     except (LookupError, TypeError, ValueError) as error:
         return f"{type(error).__name__} {error}: {said}"

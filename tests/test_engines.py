@@ -18,7 +18,7 @@ import yaml
 from bench.hosts import local
 from common import engines
 from services.local.model import bundled_file
-from services.local.plan import ROOT
+from services.local.plan import ROOT, Dials
 from tests import contract
 from tests.harness import free_ports, wait_for
 from tests.up import Up, started
@@ -91,7 +91,8 @@ def test_who_leaves_frees_the_engine(up: Up, model: str) -> None:
 
 def test_all_are_listed_with_their_lengths(up: Up) -> None:
     listed = {model.id: (model.model_extra or {})["max_model_len"] for model in up.sdk.models.list().data}
-    assert listed == {"chat": 4096, "llama": 8192, "theirs": 8192, "trt": 2048, "sgl": 2048}
+    assert listed == {"chat": 4096, "llama": listed["llama"], "theirs": 8192, "trt": 2048, "sgl": 2048}
+    assert 4096 < listed["llama"] < 8192, "eight sequences at once share a GiB, and none another's"
     status = httpx.get(up.base + "/v1/status", headers={"authorization": f"Bearer {up.key}"}).json()
     assert {w["models"][0]: w["engine"] for w in status["workers"]} == ENGINES
 
@@ -134,7 +135,7 @@ def test_an_error_of_theirs_keeps_its_words(up: Up) -> None:
 
 def test_its_numbers_are_scraped(up: Up) -> None:
     found = {}
-    for target in json.loads((up.state / "run/targets.json").read_text())[0]["targets"]:
+    for target in json.loads((Dials(up.state).run_dir / "targets.json").read_text())[0]["targets"]:
         text = httpx.get(f"http://{target}/metrics").text
         found |= {name: text for name in ("vllm:", "llamacpp:", "sglang:", "trtllm_") if name in text}
         assert "owngpt_requests" in text, target

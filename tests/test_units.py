@@ -568,7 +568,8 @@ class TestEngineCommand:
 
         wanted = self.settings(tmp_path, **fields)
         command = engine.command(wanted)
-        assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+        cpu = wanted.accelerator == "cpu" and len(os.sched_getaffinity(0)) <= engine.SMALL_MACHINE_CORES
+        assert command[1:3] == ["-m", "services.worker.vllm.serve" if cpu else "vllm.entrypoints.openai.api_server"]
         parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])
         assert parsed.middleware == [engine.MIDDLEWARE]
         assert parsed.allowed_media_domains == [engine.NO_MEDIA_DOMAIN]

@@ -821,7 +821,7 @@ class TestEngines:
          Numbers(None, 3, 0.28, 8100000, 0, 7)),
         ("trtllm", b'trtllm_kv_cache_utilization{model_name="m"} 0.25\n', Numbers(None, 0, 0.25)),
         ("llamacpp", b"llamacpp:prompt_tokens_total 70\nllamacpp:tokens_predicted_total 9\nllamacpp:n_decode_total 12\n"
-                     b"llamacpp:requests_deferred 1\nllamacpp:prompt_tokens_cached_total 31\n", Numbers(12, 1, 0, 70, 31, 9)),
+                     b"llamacpp:requests_deferred 1\nllamacpp:prompt_tokens_cached_total 31\n", Numbers(12, 1, 0, 101, 31, 9)),
     ])
     def test_numbers_by_their_own_names(self, floor: Stack, engine: str, text: bytes, wanted: Numbers) -> None:
         async def ask() -> Numbers:

@@ -101,7 +101,7 @@ class Up:
 
     def engine_pids(self) -> list[int]:
         """Process ids of vLLM's API servers, one a worker."""
-        found = subprocess.run(["pgrep", "-f", f"vllm.entrypoints.openai.api_server --model {self.state}"],
+        found = subprocess.run(["pgrep", "-f", f"(services.worker.vllm.serve|vllm.entrypoints.openai.api_server) --model {self.state}"],
                                capture_output=True, text=True, check=False).stdout
         return [int(pid) for pid in found.split()]
 

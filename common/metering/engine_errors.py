@@ -29,7 +29,7 @@ def in_stream(route: str) -> bytes:
 
 
 def in_our_words(
-    status: int, body: bytes, model: str, path: str
+    status: int, body: bytes, model: str, path: str, retry_after: bytes = b""
 ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     """Status, headers and body for an engine's error."""
     message, param, said = _message(body)
@@ -41,11 +41,12 @@ def in_our_words(
             "server_error", code="worker_refused" if refused else "worker_failed",
             retry_after_s=1 if refused else None, route=route,
         )
-    if not message or message in ("Not Found", "Method Not Allowed"):
+    if status in (404, 405) and (not message or message in ("Not Found", "Method Not Allowed")):
         text = f"The model {model!r} does not support {path}."
         return encode_parts(status, text, "invalid_request_error", code="unsupported_endpoint", route=route)
-    code = said or {404: "model_not_found", 422: "unprocessable"}.get(status, "invalid_value")
-    again_s = 1 if status == 409 else None
+    code = said or {404: "model_not_found", 422: "unprocessable", 429: "engine_busy"}.get(status, "invalid_value")
+    again_s = int(retry_after) if retry_after.isdigit() else 1 if status in (409, 429) else None
+    message = message or f"The engine refused the request (status {status})."
     return encode_parts(status, message, "invalid_request_error", param, code, again_s, route=route)
 
 
@@ -53,7 +54,7 @@ def _message(body: bytes) -> tuple[str, str | None, str | None]:
     """Message, field and code, if that is a text, of an engine's error (OpenAI's, Anthropic's or FastAPI's shape)."""
     try:
         document = msgspec.json.decode(body)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return "", None, None
     error = document.get("error", document) if isinstance(document, dict) else {}
     if isinstance(error, str):  # TensorRT-LLM's
@@ -61,6 +62,9 @@ def _message(body: bytes) -> tuple[str, str | None, str | None]:
     if not isinstance(error, dict):
         return "", None, None
     message, param, code = error.get("message") or error.get("detail"), error.get("param"), error.get("code")
+    if isinstance(message, list) and message and isinstance(message[0], dict):  # FastAPI's own
+        param = ".".join(str(part) for part in message[0].get("loc", ()) if part != "body")
+        message = f"{param}: {message[0].get('msg')}"
     text = message if isinstance(message, str) else ""
     if (found := _PYDANTIC.search(text[:8000])) is not None:
         field = _field(found[1])

@@ -288,11 +288,14 @@ class _Metered:
 
     async def _answer_error(self, status: int, body: bytes = b"") -> None:
         """Send an engine's error in our words; its 4xx keep their message, which speaks of the request."""
+        theirs = dict(self.start["headers"]) if self.start is not None else {}
         self.start = None
         self.start_sent = True
         self.finished = True
         self.record.status = status
-        status, headers, out = engine_errors.in_our_words(status, body, self.record.model, self.path)
+        status, headers, out = engine_errors.in_our_words(
+            status, body, self.record.model, self.path, theirs.get(b"retry-after", b"")
+        )
         headers = [*headers, *self._explained()]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": out, "more_body": False})

@@ -1,6 +1,6 @@
 """What a request's body asks for, and changes to it that leave every other value as it was."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from hashlib import blake2b
 
 import msgspec
@@ -12,9 +12,11 @@ NULL = msgspec.Raw(b"null")
 
 
 def rewrite(
-    body: bytes, *, usage: bool = False, salt: str = "", model: str = "", without: Collection[str] = ()
+    body: bytes, *, usage: bool = False, salt: str = "", model: str = "", without: Collection[str] = (),
+    fields: Mapping[str, object] | None = None, defaults: Mapping[str, object] | None = None,
 ) -> bytes:
-    """The body with `stream_options.include_usage` true, a `cache_salt`, another model, or `without` some fields.
+    """The body with `stream_options.include_usage` true, a `cache_salt`, another model, `without` some fields, with
+    others set, or set where they are not.
 
     Every other value keeps its very bytes.
 
@@ -37,6 +39,10 @@ def rewrite(
         document["cache_salt"] = msgspec.Raw(b'"%s"' % salt.encode())
     for name in without:
         document.pop(name, None)
+    for name, value in (defaults or {}).items():
+        document.setdefault(name, msgspec.Raw(msgspec.json.encode(value)))
+    for name, value in (fields or {}).items():
+        document[name] = msgspec.Raw(msgspec.json.encode(value))
     if model:
         document["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(document)

@@ -120,11 +120,15 @@ def read(path: Path) -> Catalog:
 def _problems(found: Catalog, base: Path) -> Iterator[tuple[str, str]]:
     """(field, what is wrong with it) of what the classes cannot say."""
     names: set[tuple[str, str]] = set()
+    slugs: dict[str, str] = {}
     for number, entry in enumerate(found.models):
         at = f".models[{number}]"
         if (entry.name, entry.engine) in names:
             yield f"{at}.name", f"there is another model called {entry.name!r}"
         names.add((entry.name, entry.engine))
+        if entry.slug in slugs:
+            yield f"{at}.name", f"it and {slugs[entry.slug]!r} have one name as programs ({entry.slug}); choose another"
+        slugs[entry.slug] = entry.name
         if entry.elsewhere:
             yield from _elsewhere(entry, at, base)
             continue
@@ -135,6 +139,8 @@ def _problems(found: Catalog, base: Path) -> Iterator[tuple[str, str]]:
             if entry.task != "chat":
                 yield f"{at}.task", "the bundled model is for chat"
         elif entry.engine == "llamacpp":
+            if entry.task != "chat":
+                yield f"{at}.task", "engine: llamacpp is for chat here"
             if not _has_gguf(base / Path(entry.source).expanduser()):
                 yield f"{at}.source", f"{entry.source} is neither a GGUF file nor a folder with one"
         elif not _is_folder(entry.source):
@@ -161,7 +167,7 @@ def _elsewhere(entry: Entry, at: str, base: Path) -> Iterator[tuple[str, str]]:
 
 
 def _has_gguf(path: Path) -> bool:
-    return path.is_file() or len(list(path.glob("*.gguf"))) == 1
+    return path.is_file() or any(path.glob("*.gguf"))
 
 
 def _is_folder(source: str) -> bool:

@@ -25,6 +25,7 @@ FILE = ROOT / "models.compose.yaml"
 WANTED = ROOT / "models.wanted"
 IN_IMAGE = Path("/models")
 OWN = Path("/models/own")
+KEY_FILE = Path("/run/secrets/engine_key")
 HEAD = "# Made from models.yaml by `make apply-compose`; change that file, not this one. COMPOSE_FILE names it.\n"
 
 
@@ -53,7 +54,7 @@ def document(found: Catalog, gpus: int, own: Path, file: str = "./models.yaml") 
             for name in places.visible(()):
                 env.pop(name, None)  # the container has no others
             mark = sha256(repr(sorted(env.items())).encode() + repr(place).encode()).hexdigest()[:4]
-            services[f"worker-{entry.slug}-{number}-{mark}"] = _service(env, place)
+            services[f"worker-{entry.slug}-{number}-{mark}"] = _service(env, place, entry.key_file, gpus=gpus)
     # What it is to bring stands in a file: in its configuration, a change would start all that wait for it anew.
     services["fetch"] = {"volumes": [f"{file}:/models.yaml:ro", f"./{WANTED.name}:/models.wanted:ro"]}
     trained = found.trained
@@ -64,7 +65,7 @@ def document(found: Catalog, gpus: int, own: Path, file: str = "./models.yaml") 
     return {"services": services}
 
 
-def _service(env: dict[str, str], place: Place) -> dict[str, Any]:
+def _service(env: dict[str, str], place: Place, key_file: str, *, gpus: int) -> dict[str, Any]:
     made: dict[str, Any] = {
         "extends": {"file": "compose.yaml", "service": "worker"},
         "environment": env,
@@ -72,6 +73,11 @@ def _service(env: dict[str, str], place: Place) -> dict[str, Any]:
     }
     if place.gpus:
         made["deploy"] = _devices(place.gpus)
+    elif gpus:
+        made["deploy"] = Override()  # it needs none
+    if key_file:
+        env["ENGINE_KEY_FILE"] = str(KEY_FILE)
+        made["volumes"] = [f"{key_file}:{KEY_FILE}:ro"]
     return made
 
 
@@ -90,7 +96,7 @@ def _devices(gpus: tuple[int, ...]) -> Override:
 
 def _in_container(entry: Entry, own: Path) -> Entry:
     """The entry with its folder as containers see it."""
-    if not entry.source.startswith("/"):
+    if entry.elsewhere or not entry.source.startswith("/"):
         return entry
     folder = Path(entry.source)
     if not folder.is_relative_to(own):

@@ -47,7 +47,8 @@ def on_a_cpu(entry: Entry, models: Path) -> int:
 def _gguf_bytes(model: str) -> int:
     """Of a GGUF file, or of those in a folder."""
     path = Path(model)
-    return sum(file.stat().st_size for file in (path.glob("*.gguf") if path.is_dir() else [path]) if file.is_file())
+    parts = path.parent.glob(path.name.replace("-00001-of-", "-*-of-")) if path.is_file() else path.glob("*.gguf")
+    return sum(file.stat().st_size for file in parts)
 
 
 def together(dials: Dials) -> int:

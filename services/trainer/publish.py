@@ -12,6 +12,7 @@ import httpx
 import msgspec
 from redis import Redis
 
+from common import engines
 from common.adapters import Adapter, read_registry
 from common.files import sync_folder
 from common.redis.names import ADAPTERS, WORKERS, worker_key
@@ -80,14 +81,15 @@ def check_tokens(
 
 
 def ready_workers(redis: Redis, model: str) -> list[Heartbeat]:
-    """Workers that are ready and serve a model."""
+    """Workers that are ready and serve a model, with an engine that can have adapters."""
     ids = sorted(redis.smembers(WORKERS))
     beats = [
         msgspec.json.decode(raw, type=Heartbeat)
         for raw in (redis.mget([worker_key(str(i)) for i in ids]) if ids else [])
         if raw
     ]
-    return [beat for beat in beats if beat.state == "ready" and any(m.id == model for m in beat.models)]
+    able = [beat for beat in beats if beat.state == "ready" and beat.engine not in engines.LIMITED]
+    return [beat for beat in able if any(m.id == model for m in beat.models)]
 
 
 def await_worker(redis: Redis, model: str, still: Callable[[], None]) -> Heartbeat:

@@ -186,7 +186,7 @@ class Agent:
             try:
                 if await self._engine.healthy():
                     self._models = await self._engine.models()
-                    self.heart.beat.engine = self._engine.name
+                    self.heart.beat.engine, self.heart.beat.slots = self._engine.name, self._engine.slots
                     self.heart.serves(self._models, [])
                     self.came_up = True
                     logger.info("engine ready", worker=self.heart.beat.id, after_s=round(time.monotonic() - started, 1))

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from common.redis.names import CHANNEL_WORKERS, HEARTBEAT_TTL_MS, WORKERS, worker_key
+from common.tasks import end_tasks
 from common.workers import Heartbeat, Model, State
 from services.worker.engines.base import Engine, EngineSilent
 
@@ -43,6 +44,7 @@ class Heart:
         self._numbers_at = 0.0
         self._heard_of = {"publish": True, "set": True}
         self._told, self._told_at = "", 0.0
+        self._saying: asyncio.Task[None] | None = None
         self._used_at = time.monotonic()
 
     def serves(self, base: list[Model], adapters: list[Model]) -> None:
@@ -93,7 +95,7 @@ class Heart:
 
     async def _read_numbers(self) -> None:
         numbers, beat = await self._engine.numbers(), self.beat
-        if numbers.steps is None or numbers.steps != self._steps:
+        if numbers.steps != self._steps:
             self._steps, self._stepped_at = numbers.steps, time.monotonic()
         if numbers.prompt_tokens != beat.prompt_tokens:  # too short to be seen in flight
             self._used_at = time.monotonic()
@@ -105,7 +107,7 @@ class Heart:
         """Stalled: the server's process is silent, or requests run while the engine makes no step (vLLM #39863)."""
         now = time.monotonic()
         silent = now - self._heard_at > self._stall_s / 2
-        stuck = self.beat.in_flight > 0 and now - self._stepped_at > self._stall_s
+        stuck = self._tells_steps and self.beat.in_flight > 0 and now - self._stepped_at > self._stall_s
         return "stalled" if silent or stuck else "ready"
 
     @property
@@ -114,7 +116,13 @@ class Heart:
         if self.state() != "stalled":
             return 0.0
         now = time.monotonic()
-        return max(now - self._heard_at, now - self._stepped_at if self.beat.in_flight else 0.0)
+        stuck_s = now - self._stepped_at if self._tells_steps and self.beat.in_flight else 0.0
+        return max(now - self._heard_at, stuck_s)
+
+    @property
+    def _tells_steps(self) -> bool:
+        """Whether the engine says that it makes steps; of others nobody sees that they are stuck."""
+        return self._steps is not None
 
     async def tell(self, state: State, *, news_only: bool = False) -> None:
         """One heartbeat; with `news_only` an idle worker is silent until it has news, for at most TOLD_ANYWAY_S."""
@@ -129,6 +137,18 @@ class Heart:
         if news_only and self.beat.in_flight == 0 and raw == self._told and lately:
             return
         self._told = ""  # until it is told
+        await self._in_order()
+        self._saying = asyncio.create_task(self._say(raw, state))
+        await asyncio.shield(self._saying)  # cut off on its way, it could reach redis after the next one
+
+    async def _in_order(self) -> None:
+        """Until the heartbeat before this one is over, or given up."""
+        if self._saying is not None:
+            await asyncio.wait({self._saying}, timeout=TOLD_ANYWAY_S)
+            await end_tasks([self._saying])
+
+    async def _say(self, raw: str, state: State) -> None:
+        """To whoever listens, and to redis. Raises nothing."""
         try:
             await self._redis.publish(CHANNEL_WORKERS, raw)  # first, and by itself: a full redis still passes it on
             self._worked("publish")
@@ -152,6 +172,7 @@ class Heart:
 
     async def forget(self) -> None:
         """The engine has stopped: whoever finds something it left running may settle it. Raises nothing."""
+        await self._in_order()
         try:
             await self._redis.delete(worker_key(self.beat.id))
         except (RedisError, OSError) as error:

@@ -20,6 +20,7 @@ from common.metering.metrics import RequestMetrics
 from common.recorder import Recorder
 from common.redis.connect import connect, connect_cache
 from common.responses.store import ResponseStore
+from services.worker.dialects import SALTED_BY_VLLM
 from services.worker.settings import WorkerSettings
 from services.worker.vllm import times
 
@@ -28,8 +29,6 @@ LOAD_PATH = "/owngpt/load"
 WORKER_ID = "OWNGPT_WORKER_ID"
 """Environment variable by which the agent tells the middleware whose requests these are."""
 OPENMETRICS = b"application/openmetrics-text; version=1.0.0; charset=utf-8"
-SALTED_BY_VLLM = ("chat", "completions", "responses", "messages", "embeddings")
-"""Where vLLM takes a `cache_salt`; the rest reads no KV blocks."""
 OPEN_PATHS = frozenset({"/health", "/metrics", LOAD_PATH})
 
 

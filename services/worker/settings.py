@@ -29,6 +29,7 @@ class WorkerSettings(PlaceSettings):
     engine_host: str = "127.0.0.1"
     engine_port: int = 8000
     advertise_host: str = Field("", description="how nginx reaches this worker; default: this host's address")
+    read_timeout_s: float = Field(600.0, gt=0, description="longest silence of an engine behind a front")
     max_model_len: int = Field(0, ge=0, description="0: what the model says")
     max_num_seqs: int = Field(0, ge=0, description="requests at once; 0: 64 on a CPU, what the card takes on a GPU")
     kv_cache_gib: int = Field(1, ge=1, description="CPU only: memory for KV blocks")
@@ -76,6 +77,11 @@ class WorkerSettings(PlaceSettings):
         """The key of the checksums of answers, the gateway's as well."""
         assert self.answer_secret_file is not None  # noqa: S101 - asked for before
         return read_secret(self.answer_secret_file)
+
+    @property
+    def shared_place(self) -> str:
+        """Whose turns it takes; an engine elsewhere takes none: it gives no memory free here."""
+        return super().shared_place if self.engine in ("vllm", "llamacpp") else ""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -5,6 +5,7 @@ Every engine has our middleware inside or before it. What an engine cannot tell 
 
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import httpx
@@ -53,7 +54,6 @@ class Entry(msgspec.Struct):
     created: int = 0
     parent: str | None = None
     root: str | None = None
-    owned_by: str = ""
     meta: dict[str, object] | None = None
 
     @property
@@ -154,31 +154,39 @@ class Served:
 
 
 class Prometheus:
-    """Reads numbers off an engine's /metrics: the sum of each metric's samples."""
+    """Reads numbers off an engine's /metrics: the sum of each metric's samples; of shares the largest."""
 
     def __init__(self, *names: bytes) -> None:
+        self._take = [_largest if b"usa" in name or b"utili" in name else sum for name in names]
         self._patterns = [re.compile(rb"^%s(?:\{[^}]*\})? (\S+)" % name, re.M) for name in names]  # "" never matches
 
     def read(self, text: bytes) -> list[float]:
-        """The sums, in the order of the names; 0.0 for a metric that is not there. Raises EngineSilent."""
+        """In the order of the names; 0.0 for a metric that is not there, or not a number yet. Raises EngineSilent."""
         try:
-            found = [sum(map(float, pattern.findall(text))) for pattern in self._patterns]
+            samples = [[float(found) for found in pattern.findall(text)] for pattern in self._patterns]
         except ValueError as error:
             raise EngineSilent(f"/metrics: {error}") from error
-        if not all(map(math.isfinite, found)):
-            raise EngineSilent("/metrics: a number that is none")
-        return found
+        return [take(filter(math.isfinite, found)) for take, found in zip(self._take, samples, strict=True)]
+
+
+def _largest(numbers: Iterable[float]) -> float:
+    return max(numbers, default=0.0)
 
 
 async def get(http: httpx.AsyncClient, path: str) -> bytes:
     """The body of a good answer. Raises EngineSilent."""
+    return (await ask(http, path)).content
+
+
+async def ask(http: httpx.AsyncClient, path: str) -> httpx.Response:
+    """A good answer. Raises EngineSilent."""
     try:
         answer = await http.get(path)
     except httpx.HTTPError as error:
         raise EngineSilent(f"{path}: {type(error).__name__}") from error
     if not answer.is_success:
         raise EngineSilent(f"{path}: status {answer.status_code}")
-    return answer.content
+    return answer
 
 
 async def listed(http: httpx.AsyncClient) -> list[Entry]:

@@ -6,10 +6,9 @@
 
 import os
 import sys
-import time
 
 from common.workers import Model
-from services.worker.engines import dialects
+from services.worker import dialects
 from services.worker.engines.base import (
     AdapterLoader,
     EngineSilent,
@@ -18,18 +17,12 @@ from services.worker.engines.base import (
     Numbers,
     Prometheus,
     Served,
+    ask,
     get,
     listed,
 )
 from services.worker.middleware import WORKER_ID
 from services.worker.settings import WorkerSettings
-
-OWNERS = {"vllm": "vllm", "llamacpp": "llamacpp", "sglang": "sglang", "tensorrt_llm": "trtllm"}
-"""`owned_by` of the models of a server -> what runs there: its fields are taken then, not only OpenAI's."""
-USUAL_SLOTS = 64
-"""Requests that a server elsewhere is taken to run at once, when MAX_NUM_SEQS does not say."""
-HEARD_EVERY_S = 5.0
-"""How often a server elsewhere is asked whether it is there: it may be somebody's who counts."""
 
 
 class Fronted(Served):
@@ -42,11 +35,7 @@ class Fronted(Served):
         self.name: str = settings.engine
         self._worker_id = worker_id
         self.elsewhere = settings.engine != "llamacpp"
-        self.slots = settings.max_num_seqs or USUAL_SLOTS
-        dialect = dialects.find(settings.engine)
-        self._metrics = Prometheus(*dialect.metrics)
-        self._tells_steps = bool(dialect.metrics[0])
-        self._heard_at = -HEARD_EVERY_S
+        self.slots = settings.max_num_seqs or dialects.find(settings.engine).slots
 
     def command(self) -> list[str]:
         return [sys.executable, "-m", "services.worker.front" if self.elsewhere else "services.worker.llamacpp"]
@@ -56,10 +45,10 @@ class Fronted(Served):
 
     async def models(self) -> list[Model]:
         """What MODEL names there, else all that it lists. Nobody knows its files: its answers are never cached."""
+        said = (await ask(self._http, "/health")).headers
+        self.name = said.get(dialects.ENGINE.decode(), self.name)
+        self.slots = self._settings.max_num_seqs or int(said.get(dialects.SLOTS.decode(), 0)) or self.slots
         entries, ours = await listed(self._http), self._settings
-        if ours.engine == "attached":
-            self.name = next((OWNERS[entry.owned_by] for entry in entries if entry.owned_by in OWNERS), "attached")
-            self._metrics = Prometheus(*dialects.find(self.name).metrics)
         if not self.elsewhere:
             return [self._model(entry, ours.served_name) for entry in entries]
         if not ours.model:
@@ -75,17 +64,23 @@ class Fronted(Served):
 
     async def load(self) -> Load:
         found = await super().load()
-        now = time.monotonic()
-        if self.elsewhere and now - self._heard_at >= HEARD_EVERY_S:
-            await listed(self._http)
-            self._heard_at = now
+        await get(self._http, "/health")  # the front answers, and knows whether the engine does
         return found
 
     async def numbers(self) -> Numbers:
-        text = await get(self._http, "/metrics")
-        steps, waiting, kv_use, prompt, cached, generated = self._metrics.read(text)
-        made = self._tells_steps
-        return Numbers(steps if made else None, int(waiting), kv_use, int(prompt), int(cached), int(generated))
+        dialect = dialects.find(self.name)
+        text = b""
+        try:
+            text = await get(self._http, dialects.NUMBERS_PATH)
+        except EngineSilent:
+            if not self.elsewhere:
+                raise
+        steps, waiting, kv_use, prompt, cached, generated = Prometheus(*dialect.metrics).read(text)
+        if dialect.cached_apart:
+            prompt += cached
+        # What runs elsewhere is not started anew by us, whatever it does.
+        told = None if self.elsewhere or not dialect.metrics[0] else steps
+        return Numbers(told, int(waiting), kv_use, int(prompt), int(cached), int(generated))
 
     async def sleep(self) -> bool:
         return False

@@ -10,8 +10,7 @@ from loguru import logger
 
 from common import checkpoint
 from common.workers import Model
-from services.worker import identity
-from services.worker.engines import dialects
+from services.worker import dialects, identity
 from services.worker.engines.base import (
     LOAD_TIMEOUT_S,
     AdapterLoader,
@@ -27,7 +26,7 @@ from services.worker.middleware import WORKER_ID
 from services.worker.settings import WorkerSettings
 from services.worker.vllm import command, shm
 
-_METRICS = Prometheus(*dialects.VLLM)
+_METRICS = Prometheus(*dialects.VLLM.metrics)
 SLEEP_TIMEOUT_S = 120.0
 
 

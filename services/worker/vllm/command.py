@@ -10,7 +10,7 @@ from pathlib import Path
 from common import checkpoint, gpus
 from common.sizing import cards, memory
 from services.worker.settings import WorkerSettings
-from services.worker.vllm import family
+from services.worker.vllm import family, serve
 
 MIDDLEWARE = "services.worker.middleware.WorkerMiddleware"
 PLUGIN = Path(__file__).parent / "plugin"
@@ -37,11 +37,10 @@ ENGINE_ID_PREFIX = "owngpt-"
 def command(settings: WorkerSettings) -> list[str]:
     """The command that starts vLLM's OpenAI server.
 
-    The module is used because the `vllm` console script of the CPU wheel does not start (no metadata under
-    the name vllm).
+    A module, because the `vllm` console script of the CPU wheel does not start (no metadata under the name vllm).
     """
     args = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        sys.executable, "-m", "services.worker.vllm.serve" if forks(settings) else "vllm.entrypoints.openai.api_server",
         "--model", settings.model,
         "--served-model-name", settings.served_name,
         "--host", settings.engine_host,
@@ -177,8 +176,20 @@ def environment(settings: WorkerSettings) -> dict[str, str]:
         env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # it would be compiled with the host's nvcc, in front of a client
     else:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
-        env["VLLM_CPU_OMP_THREADS_BIND"] = settings.cpu_threads_bind or threads_bind(sorted(os.sched_getaffinity(0)))
+        env["VLLM_CPU_OMP_THREADS_BIND"] = bind(settings)
+        if forks(settings):
+            env |= serve.environment(bind(settings))
     return env
+
+
+def bind(settings: WorkerSettings) -> str:
+    """VLLM_CPU_OMP_THREADS_BIND."""
+    return settings.cpu_threads_bind or threads_bind(sorted(os.sched_getaffinity(0)))
+
+
+def forks(settings: WorkerSettings) -> bool:
+    """Whether its processes are forked: on a CPU, when it is known which cores its one rank has."""
+    return settings.accelerator == "cpu" and bool(serve.cores(bind(settings)))
 
 
 def threads_bind(cores: list[int]) -> str:

@@ -1,11 +1,14 @@
 """vLLM's CPU worker (`--worker-cls`): nothing compiles lazily, LoRA per adapter. No vLLM file is changed."""
 
+import os
 import sys
 from types import FunctionType
 from typing import Any
 
 from vllm.platforms import current_platform
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+from services.worker.vllm import serve
 
 
 def never_compile() -> None:
@@ -28,6 +31,8 @@ class Worker(CPUWorker):  # type: ignore[misc]  # untyped
     """One rank of an engine on a CPU."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if threads := serve.cores(os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")):
+            os.sched_setaffinity(0, {threads[0]})  # as the first of its OpenMP's threads
         super().__init__(*args, **kwargs)
         never_compile()
         current_platform.get_punica_wrapper = lambda: "services.worker.vllm.punica.GroupedPunica"
