@@ -11,6 +11,7 @@ import pytest
 from loguru import logger
 from prometheus_client import CollectorRegistry
 
+from common import engines
 from common.aliases import Alias, AliasTable
 from common.answers.store import Stored
 from common.auth import HOUSE, Authenticator
@@ -19,7 +20,7 @@ from common.keys import ApiKey, make
 from common.metering import context
 from common.metering.context import CONTEXT
 from common.redis.names import api_key_key
-from common.workers import Heartbeat, Model, WorkerTable
+from common.workers import Heartbeat, Model, State, WorkerTable
 from gateway.answers import Answers
 from gateway.arrival import Arrival
 from gateway.attempts import Attempts, HeldBack
@@ -88,9 +89,10 @@ class Bench:
         self.path = RequestPath(self.settings, self.table, self.authenticator, self.held, self.meter, metrics,  # type: ignore[arg-type]
                                 self.answers, self.aliases, Waking(self.redis, self.table, self.settings.wake_patience_s))  # type: ignore[arg-type]
 
-    def beat(self, name: str, models: tuple[str, ...] = ("m",), revision: str = "r1", keeps: bool = True) -> None:
+    def beat(self, name: str, models: tuple[str, ...] = ("m",), revision: str = "r1", keeps: bool = True, engine: str = "vllm",
+             state: State = "ready") -> None:
         self.table.take(msgspec.json.encode(Heartbeat(
-            name, f"{name}:1", "ready", [Model(m, 1, revision=revision) for m in models], keeps=keeps)))
+            name, f"{name}:1", state, [Model(m, 1, revision=revision) for m in models], keeps=keeps, engine=engine)))
 
     def arrival(self, path: str = CHAT, method: str = "POST", headers: dict[bytes, bytes] | None = None, **fields: object) -> Arrival:
         body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}).encode()
@@ -405,3 +407,77 @@ class TestRelay:
         assert len(bench.answers._flights) == 1
         bench.path.again(relay, CHAT, Attempts(("w0:1",), 0))
         assert bench.answers._flights == {}
+
+
+class TestEngines:
+    """Engines of one name that do not take the same: what none takes is refused, and nothing is lost on the way."""
+
+    @pytest.fixture
+    def both(self, tmp_path: Path) -> Bench:
+        bench = Bench(tmp_path, workers=0)
+        bench.beat("v")
+        bench.beat("l", engine="llamacpp", revision="")
+        return bench
+
+    def test_it_goes_to_who_takes_it(self, both: Bench) -> None:
+        sent = {told_of.worker.beat.id for told_of in (both.now(both.arrival(prompt_logprobs=1, n=i + 1)) for i in range(8))
+                if isinstance(told_of, Accelerate)}
+        assert sent == {"v"}
+        assert {both.now(both.arrival(n=1)).worker.beat.id for _ in range(40)} == {"v", "l"}  # type: ignore[union-attr]
+
+    def test_what_nobody_takes_is_refused_by_its_name(self, tmp_path: Path) -> None:
+        bench = Bench(tmp_path, workers=0)
+        bench.beat("l", engine="llamacpp")
+        refused = bench.now(bench.arrival(temperature=0.5, repetition_penalty=1.1))
+        assert isinstance(refused, Refuse)
+        assert (refused.error.status, refused.error.param, refused.error.code) == (400, "repetition_penalty", "unsupported_parameter")
+        refused = bench.now(bench.arrival("/v1/embeddings", input="x"))
+        assert isinstance(refused, Refuse)
+        assert refused.error.code == "unsupported_endpoint"
+
+    @pytest.mark.parametrize("fields", [
+        {"n": 1, "tools": [], "user": "u", "store": False, "repetition_penalty": 1.0, "min_tokens": 0, "parallel_tool_calls": True},
+        {"logprobs": False, "stop": None, "metadata": {"a": "b"}, "top_logprobs": 0, "truncate_prompt_tokens": -1},
+    ])
+    def test_what_asks_for_nothing_is_no_field(self, tmp_path: Path, fields: dict) -> None:
+        bench = Bench(tmp_path, workers=0)
+        bench.beat("l", engine="llamacpp")
+        assert isinstance(bench.now(bench.arrival(temperature=1, **fields)), Accelerate)
+        assert engines.asked(b'{"model": "m", "input": "x", "text": {"format": {"type": "text"}}, "n": true}') == ["input", "n"]
+
+    def test_who_is_away_for_a_moment_is_waited_for(self, both: Bench) -> None:
+        """It was a 400 while vLLM was started again: a batch's line failed for good."""
+        both.beat("v", state="gone")
+        refused = both.now(both.arrival(prompt_logprobs=1))
+        assert isinstance(refused, Refuse)
+        assert (refused.error.status, refused.error.retry_after_s) == (503, 2)
+        both.table._engine_seen_at["m"]["vllm"] -= 400  # and never came back
+        both.table.tend(connected=True)
+        refused = both.now(both.arrival(prompt_logprobs=1))
+        assert isinstance(refused, Refuse)
+        assert refused.error.status == 400
+
+    def test_a_suspect_that_alone_takes_it_is_the_last_resort(self, both: Bench) -> None:
+        """One failure of vLLM was a 503 for everybody who needs it."""
+        both.table.suspect("v:1")
+        assert both.now(both.arrival()).worker.beat.id == "l"  # type: ignore[union-attr]
+        assert both.now(both.arrival(prompt_logprobs=1)).worker.beat.id == "v"  # type: ignore[union-attr]
+
+    def test_one_that_died_while_it_ran_it_is_said(self, both: Bench) -> None:
+        refused = both.now(both.arrival(headers={
+            b"x-failed-worker": b"v:1", b"x-failed-sent": b"350 : 120", b"x-failed-status": b"200 : 502"}, prompt_logprobs=1))
+        assert isinstance(refused, Refuse)
+        assert (refused.error.status, refused.error.retry_after_s) == (502, None)
+
+    def test_one_that_sleeps_and_takes_it_is_woken(self, both: Bench) -> None:
+        both.beat("v", state="asleep")
+        begun = start(both.path.decide(both.arrival(prompt_logprobs=1)))
+        assert isinstance(begun, Waiting)
+        begun._steps.close()
+        begun._awaitable.close()  # type: ignore[attr-defined]
+        assert both.now(both.arrival()).worker.beat.id == "l"  # type: ignore[union-attr]
+
+    def test_no_sleeper_is_woken_to_refuse(self, tmp_path: Path) -> None:
+        bench = Bench(tmp_path, workers=0)
+        bench.beat("l", engine="llamacpp", state="asleep")
+        assert isinstance(bench.now(bench.arrival(prompt_logprobs=1)), Refuse)

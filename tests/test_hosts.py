@@ -67,7 +67,7 @@ class TestModelsFile:
         ("models: [\n", "no YAML"), ("", "line 1: the file"), ("models:\n- 7\n", "line 2: models[0]"), ("models: []", "line 1: models"),
         ("models:\n- name: a\n  source: ./x\n", "line 3: models[0].source: there is no checkpoint"),
         ("models:\n- name: a\n  source: x y\n", "neither bundled, a folder, nor like org/model@revision"),
-        ("models:\n- name: a\n  engine: attached\n", "needs the url"), ("models:\n- name: a\n  url: http://x\n", "is for engine: attached"),
+        ("models:\n- name: a\n  engine: attached\n", "needs the url"), ("models:\n- name: a\n  url: http://x\n", "is for engines that run elsewhere"),
         ("models:\n- name: a\n  engine: attached\n  url: http://x\n  start: on_demand\n", "line 5: models[0].start"),
         ("models:\n- name: a\n  arguments: \"'\"\n", "line 3: models[0].arguments"), ("models:\n- name: a\n  task: embedding\n", "bundled model is for chat"),
         ("models:\n- {name: ../x}\n", "models[0].name"), ("awake: 2\n", "line 1: the file"),
@@ -246,7 +246,7 @@ class TestCompose:
         by_compose = compose.document(found, 0, made / "models")["services"]
         dials = Dials(Path("/s"), found, models_file=made / "models.yaml")
         for wanted in workers.wanted(dials):
-            env = {name: value.replace(str(dials.models), "/models") for name, value in wanted.env.items()}
+            env = {"PLACE": ""} | {name: value.replace(str(dials.models), "/models") for name, value in wanted.env.items()}
             assert env in [service.get("environment") for service in by_compose.values()]
 
     def test_both_launchers_tell_the_trainer_the_same(self, tmp_path: Path) -> None:

@@ -191,12 +191,12 @@ class TestJobs:
                     outcome["changed"] += said != before
                 except openai.APIError:
                     outcome["failed"] += 1
-                time.sleep(0.5)
+                time.sleep(2)
 
         asking = threading.Thread(target=keep_asking)
         asking.start()
         try:
-            job_id = job(up, upload(up, ROWS[:40]), epochs=3, suffix="tiny", metadata={"who": "test"})
+            job_id = job(up, upload(up, ROWS[:24]), epochs=3, suffix="tiny", metadata={"who": "test"})
             found = ended(up, job_id)
             assert found.status == "succeeded", messages(up, job_id)[:5]
             name = found.fine_tuned_model
@@ -439,7 +439,7 @@ class TestBatches:
 
     def test_cancelled_it_keeps_what_is_done(self, up: Up) -> None:
         made = self.begin(up, [chat(str(n), f"Tell me about {n}.", max_tokens=60) for n in range(300)])
-        wait_for(lambda: up.sdk.batches.retrieve(made.id).request_counts.completed > 3, "some", 60)
+        wait_for(lambda: up.sdk.batches.retrieve(made.id).request_counts.completed > 3, "some", PATIENCE_S)
         assert strict(up.sdk.batches.cancel(made.id)).status == "cancelling"
         done = self.over(up, made)
         assert done.status == "cancelled"
@@ -451,7 +451,7 @@ class TestBatches:
         made = self.begin(up, [chat(str(n), f"Say {n}.") for n in range(120)])
         sdk = up.sdk.with_options(max_retries=10)
         for at in (20, 50, 80):
-            wait_for(lambda at=at: sdk.batches.retrieve(made.id).request_counts.completed >= at, f"{at}", 60)
+            wait_for(lambda at=at: sdk.batches.retrieve(made.id).request_counts.completed >= at, f"{at}", PATIENCE_S)
             os.kill(up.program_pid("jobs"), signal.SIGKILL)
             wait_for(lambda: httpx.get(up.base + "/v1/files", headers={"authorization": f"Bearer {up.key}"}).status_code == 200, "jobs back", 60)
         done = self.over(up, made)
@@ -462,7 +462,7 @@ class TestBatches:
 
     def test_when_its_time_is_over_the_rest_is_expired(self, up: Up) -> None:
         made = self.begin(up, [chat(str(n), f"Tell me about {n}.", max_tokens=60) for n in range(300)])
-        wait_for(lambda: up.sdk.batches.retrieve(made.id).request_counts.completed > 3, "some", 60)
+        wait_for(lambda: up.sdk.batches.retrieve(made.id).request_counts.completed > 3, "some", PATIENCE_S)
         with contextlib.closing(sqlite3.connect(up.state / "jobs.db", timeout=30)) as jobs:  # what a day does
             jobs.execute("UPDATE batches SET expires_at = ? WHERE id = ?", (int(time.time()), made.id))
             jobs.commit()

@@ -544,7 +544,7 @@ class TestSettings:
         hardware = [yaml.safe_load((ROOT / f"services/{who}/hardware.yaml").read_text()) for who in ("worker", "trainer", "gpu_exporter")]
         for services in (each["services"] for each in (document, *hardware)):
             for name, service in services.items():
-                if name not in ("nginx", "grafana", "alertmanager"):  # a script and a program of others read theirs
+                if name not in ("nginx", "grafana", "alertmanager", "trtllm", "sglang"):  # a script and programs of others read theirs
                     assert set(service.get("environment", {})) <= known, name
 
 

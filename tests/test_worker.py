@@ -20,8 +20,10 @@ from redis.exceptions import RedisError
 from common import places
 from common.adapters import Adapter
 from common.places import Saying
+from common.redis.connect import connect
 from common.redis.names import ADAPTERS, CHANNEL_WORKERS, WORKERS, worker_key
 from common.sizing.cards import CannotSay
+from common.tasks import end_tasks
 from common.workers import Model
 from services.local.plan import ROOT
 from services.worker import agent, health, preflight, turns
@@ -29,6 +31,7 @@ from services.worker.agent import Agent
 from services.worker.engines.base import EngineSilent, Load, Numbers
 from services.worker.engines.fronted import Fronted
 from services.worker.engines.vllm import Vllm
+from services.worker.heartbeat import Heart
 from services.worker.process import Process
 from services.worker.reconcile import Reconciler
 from services.worker.settings import WorkerSettings
@@ -716,6 +719,28 @@ class TestRedis:
             assert await asyncio.wait_for(life.task, 15) == 0
 
         asyncio.run(live())
+
+
+class TestHeartbeats:
+    def test_one_that_is_cut_off_comes_before_the_next(self, floor: Stack) -> None:
+        """It came after `gone`, by another connection, and a worker that had left was asked for three seconds more."""
+        async def live() -> list[str]:
+            heart = Heart(connect(settings(floor)), FakeEngine("127.0.0.1:1"), "w", 0.05, 1.0)
+            order = []
+
+            async def slowly(raw: str, state: str) -> None:
+                await asyncio.sleep(0.2)
+                order.append(state)
+
+            heart._say = slowly  # type: ignore[assignment]
+            saying = asyncio.create_task(heart.rest("waking"))
+            await asyncio.sleep(0.02)
+            await end_tasks([saying])
+            await heart.tell("gone")
+            await heart.forget()
+            return order
+
+        assert asyncio.run(live()) == ["waking", "gone"]
 
 
 class TestProcess:

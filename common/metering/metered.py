@@ -44,8 +44,7 @@ class Metering:
     """The middleware. `worker` names whose requests these are; other paths pass through untouched.
 
     `salted`: the routes on which the engine takes a `cache_salt`. `priority`: whether it lets batches wait.
-    `store`: where answers worth keeping go;
-    `responses`: where `/v1/responses` has its state.
+    `store`: where answers worth keeping go; `responses`: where `/v1/responses` has its state.
     """
 
     def __init__(

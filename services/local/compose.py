@@ -50,7 +50,7 @@ def document(found: Catalog, gpus: int, own: Path, file: str = "./models.yaml") 
     for entry in found.models:
         inside = _in_container(entry, own)
         for number, place in enumerate(dealt[entry.slug], 1):
-            env = places.environment(inside, IN_IMAGE, place, found.awake)
+            env = {"PLACE": ""} | places.environment(inside, IN_IMAGE, place, found.awake)  # else hardware.yaml's
             for name in places.visible(()):
                 env.pop(name, None)  # the container has no others
             mark = sha256(repr(sorted(env.items())).encode() + repr(place).encode()).hexdigest()[:4]

@@ -45,9 +45,10 @@ def environment(entry: Entry, models: Path, place: Place, awake: int) -> dict[st
         found["KV_CACHE_GIB"] = entry.kv_cache_gib
     if entry.start == "on_demand":
         found |= {"ON_DEMAND": "true", "AWAKE_AT_ONCE": awake}
-    found["PLACE"] = place.name if entry.start == "on_demand" or place.gpus else ""
-    # What is empty is said of these, too: else another model's would be taken over from the environment.
-    return {name: str(value) for name, value in found.items() if value != "" or name in ("MODEL_REVISION", "PLACE")}
+    if entry.start == "on_demand" or place.gpus:
+        found["PLACE"] = place.name
+    # An empty revision is said, too: else that of another model would be taken over from the environment.
+    return {name: str(value) for name, value in found.items() if value != "" or name == "MODEL_REVISION"}
 
 
 def visible(gpus: Sequence[int]) -> dict[str, str]:
