@@ -13,7 +13,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key keys revoke doctor plan apply apply-compose restart restart-compose backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts check-cuda check-gpu base-images clean
+.PHONY: help up env key keys revoke doctor plan apply apply-compose restart restart-compose backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts bench-engines check-cuda check-gpu base-images clean
 
 help:
 	@sed -n '1,10s/^# //p' Makefile
@@ -99,6 +99,9 @@ bench-faults: .venv/.test-ready
 
 bench-hosts: .venv/.test-ready
 	@$(PY) -m bench hosts $(BENCH)
+
+bench-engines: .venv/.test-ready
+	@$(PY) -m bench engines $(BENCH)
 
 bench-observability: .venv/.test-ready
 	@$(PY) -m bench observability $(BENCH)

@@ -1,70 +1,28 @@
-"""Engines beside each other behind one gateway: vLLM, llama.cpp, a llama.cpp server that somebody else runs and that asks
-for a key, and the doubles of those that do not run here. Each is asked the twenty requests of `contract.py`.
-"""
+"""Engines beside each other behind one gateway (`tests/engines.py`). Each is asked the twenty requests of `contract.py`."""
 
-import contextlib
 import json
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
-import yaml
 
-from bench.hosts import local
 from common import engines
-from services.local.model import bundled_file
-from services.local.plan import ROOT, Dials
+from services.local.plan import Dials
 from tests import contract
-from tests.harness import free_ports, wait_for
-from tests.up import Up, started
-
-KEY = "sk-of-their-server-0123456789"
-THEIRS = """
-import sys, threading, xllamacpp
-told = xllamacpp.CommonParams()
-told.model.path, told.model_alias, told.api_keys = sys.argv[1], {"their-name"}, [sys.argv[3]]
-told.n_ctx, told.n_parallel, told.kv_unified, told.port, told.verbosity = 8192, 4, True, int(sys.argv[2]), 1
-server = xllamacpp.Server(told)
-threading.Event().wait()
-"""
-ENGINES = {"chat": "vllm", "llama": "llamacpp", "theirs": "llamacpp", "trt": "trtllm", "sgl": "sglang"}
-"""Model -> the engine whose fields are taken: that of somebody's server is recognised."""
+from tests.engines import ENGINES, beside, client, failover
+from tests.harness import wait_for
+from tests.up import Up
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    folder = tmp_path_factory.mktemp("engines")
-    ports = free_ports(3)
-    (folder / "key").write_text(KEY)
-    (folder / "models.yaml").write_text(catalog(ports))
-    with contextlib.ExitStack() as running:
-        for command in (["-c", THEIRS, str(bundled_file()), str(ports[0]), KEY], ["-m", "tests.doubles", "trtllm", str(ports[1])],
-                        ["-m", "tests.doubles", "sglang", str(ports[2])]):
-            process = running.enter_context(subprocess.Popen([sys.executable, *command], cwd=ROOT))
-            running.callback(process.kill)
-        with started(folder, 0, MODELS_FILE=str(folder / "models.yaml")) as up:
-            up.doubles = dict(zip(("theirs", "trt", "sgl"), ports, strict=True))  # type: ignore[attr-defined]
-            yield up
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Up, dict[str, int]]]:
+    with beside(tmp_path_factory.mktemp("engines")) as both:
+        yield both
 
 
-def catalog(ports: list[int], *more: dict[str, object]) -> str:
-    return yaml.safe_dump({"models": [
-        {"name": "chat", "source": "bundled", "max_tokens": 4096},
-        {"name": "llama", "source": "bundled", "engine": "llamacpp", "adapters": False},
-        {"name": "theirs", "source": "their-name", "engine": "attached", "url": f"http://127.0.0.1:{ports[0]}/v1", "key_file": "key"},
-        {"name": "trt", "source": "double", "engine": "trtllm", "url": f"http://127.0.0.1:{ports[1]}", "max_tokens": 2048},
-        {"name": "sgl", "source": "double", "engine": "sglang", "url": f"http://127.0.0.1:{ports[2]}"},
-        *more,
-    ]})
-
-
-def client(up: Up) -> httpx.Client:
-    return httpx.Client(base_url=up.base, headers={"authorization": f"Bearer {up.key}"}, timeout=120)
+@pytest.fixture(scope="module")
+def up(both: tuple[Up, dict[str, int]]) -> Up:
+    return both[0]
 
 
 @pytest.mark.parametrize("model", ENGINES)
@@ -114,12 +72,13 @@ def test_nothing_is_dropped_in_silence(up: Up) -> None:
                     assert (answer.status_code, answer.json()["error"]["param"]) == (400, name), (model, name, answer.text)
 
 
-def test_what_is_ours_does_not_reach_them(up: Up) -> None:
+def test_what_is_ours_does_not_reach_them(both: tuple[Up, dict[str, int]]) -> None:
+    up, ports = both
     with client(up) as asking:
         body = {**contract.chat(), "user": "ada", "store": True, "metadata": {"a": "b"}, "prompt_cache_key": "x"}
         for model in ("trt", "sgl"):
             assert asking.post(contract.CHAT, json={"model": model, **body}).status_code == 200
-            got = httpx.get(f"http://127.0.0.1:{up.doubles[model]}/seen").json()[-1]  # type: ignore[attr-defined]
+            got = httpx.get(f"http://127.0.0.1:{ports[model]}/seen").json()[-1]
             assert not {"user", "store", "metadata", "prompt_cache_key", "priority"} & got.keys()
             assert got["model"] == "double"
             assert "cache_salt" in got, "two keys do not share what they wrote"
@@ -142,33 +101,8 @@ def test_its_numbers_are_scraped(up: Up) -> None:
     assert found.keys() == {"vllm:", "llamacpp:", "sglang:", "trtllm_"}
 
 
-def test_another_engine_of_the_same_name_takes_over(up: Up, tmp_path: Path) -> None:
-    """llama.cpp joins as `chat`; vLLM is killed while both answer: no request that is no stream fails."""
-    file = up.state.parent / "models.yaml"
-    file.write_text(catalog(list(up.doubles.values()), {"name": "chat", "engine": "llamacpp", "source": "bundled"}))  # type: ignore[attr-defined]
-    done = local(up, "apply")
-    assert done.returncode == 0, done.stdout + done.stderr
-    by, failed, over = set(), [], threading.Event()
-
-    def stream_of_requests() -> None:
-        with client(up) as asking:
-            while not over.is_set():
-                answer = asking.post(contract.CHAT, json={"model": "chat", **contract.chat()}, headers=contract.HEADERS)
-                if answer.status_code == 200:
-                    by.add(answer.headers["x-owngpt-worker"].rpartition("-")[0])
-                else:
-                    failed.append(answer.text)
-
-    asking = [threading.Thread(target=stream_of_requests) for _ in range(3)]
-    for thread in asking:
-        thread.start()
-    wait_for(lambda: len(by) == 2, "both engines answer", 30)
-    subprocess.run(["kill", "-9", *map(str, up.engine_pids())], check=True)
-    time.sleep(8)
-    over.set()
-    for thread in asking:
-        thread.join()
-    assert failed == []
-    with client(up) as one:
+def test_another_engine_of_the_same_name_takes_over(both: tuple[Up, dict[str, int]]) -> None:
+    assert failover(*both) == []
+    with client(both[0]) as one:
         answer = one.post(contract.CHAT, json={"model": "chat", **contract.chat(prompt_logprobs=1)})
         assert answer.status_code in (200, 503), "vLLM alone takes it: back, or about to be"
