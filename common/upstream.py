@@ -29,10 +29,16 @@ Judge = Callable[[int, bytes], int]
 MAX_UPSTREAM_CONNECTIONS = 4096
 
 
-def open_session(connect_timeout_s: float, read_timeout_s: float) -> aiohttp.ClientSession:
-    """The process's client session; close it at the end of the lifespan. `read_timeout_s`: the longest silence."""
+def open_session(connect_timeout_s: float, read_timeout_s: float, *, reuse: bool = True) -> aiohttp.ClientSession:
+    """The process's client session; close it at the end of the lifespan. `read_timeout_s`: the longest silence.
+
+    `reuse`: whether connections are used again. Who answers must keep them longer than we do: a request on one that is
+    being closed looks like a worker that died.
+    """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=MAX_UPSTREAM_CONNECTIONS, keepalive_timeout=4),
+        connector=aiohttp.TCPConnector(
+            limit=MAX_UPSTREAM_CONNECTIONS, **({"keepalive_timeout": 4} if reuse else {"force_close": True})
+        ),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s),
         auto_decompress=False,
         headers={"Accept-Encoding": "identity"},  # the bytes are read on their way

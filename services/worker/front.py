@@ -89,7 +89,10 @@ class Front:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                self._session = open_session(CONNECT_TIMEOUT_S, self._settings.read_timeout_s)
+                self._session = open_session(
+                    CONNECT_TIMEOUT_S, self._settings.read_timeout_s,
+                    reuse=self._url.startswith("https"),  # a handshake costs; llama.cpp closes when it likes
+                )
                 looking = [asyncio.create_task(self._look())]
             else:
                 await end_tasks(looking)
