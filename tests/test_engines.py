@@ -1,6 +1,7 @@
 """Engines beside each other behind one gateway (`tests/engines.py`). Each is asked the twenty requests of `contract.py`."""
 
 import json
+import os
 from collections.abc import Iterator
 
 import httpx
@@ -8,6 +9,7 @@ import pytest
 
 from common import engines
 from services.local.plan import Dials
+from services.worker.vllm.command import SMALL_MACHINE_CORES
 from tests import contract
 from tests.engines import ENGINES, beside, client, failover
 from tests.harness import wait_for
@@ -45,6 +47,14 @@ def test_who_leaves_frees_the_engine(up: Up, model: str) -> None:
                  "nothing runs", 20)
     outcomes = [json.loads(record)["outcome"] for record in up.records() if json.loads(record)["model"] == model]
     assert outcomes[-1] == ("cancelled" if model not in ("trt", "sgl") else outcomes[-1])
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) > SMALL_MACHINE_CORES, reason="vLLM deals out the cores of a larger machine itself")
+def test_nothing_is_imported_again(up: Up) -> None:
+    """vLLM's own way made three interpreters of an engine, one after the other."""
+    running = up.everything().values()
+    assert any("services.worker.vllm.serve" in command for command in running)
+    assert not [command for command in running if "spawn_main" in command]
 
 
 def test_all_are_listed_with_their_lengths(up: Up) -> None:

@@ -113,7 +113,7 @@ class Up:
             with contextlib.suppress(OSError):
                 for task in Path(f"/proc/{pid}/task").iterdir():
                     waiting += map(int, (task / "children").read_text().split())
-                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:80]
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:200]
         return found
 
     def kept(self) -> dict[str, Any]:
