@@ -98,7 +98,7 @@ _decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def asked(body: bytes) -> list[str]:
-    """The fields of a body, a JSON object, that ask an engine for something, in their order."""
+    """The fields of a body, a JSON object, that ask an engine for something, in their order. Raises MsgspecError."""
     return [
         name for name, value in _decode(body).items()
         if name != "model" and name not in OURS and _asks(name, value)
@@ -108,7 +108,11 @@ def asked(body: bytes) -> list[str]:
 def _asks(name: str, value: msgspec.Raw) -> bool:
     if len(value) > _SHORT_BYTES:
         return True
-    said, nothing = msgspec.json.decode(value), _ASKS_NOTHING.get(name, _NOTHING)
+    try:
+        said = msgspec.json.decode(value)
+    except msgspec.MsgspecError:  # half a surrogate pair, 1e999: JSON that only an engine can judge
+        return True
+    nothing = _ASKS_NOTHING.get(name, _NOTHING)
     return not any(said == each and isinstance(said, bool) == isinstance(each, bool) for each in nothing)
 
 

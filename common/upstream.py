@@ -85,7 +85,7 @@ class Upstream:
             ) as response:
                 status, error = response.status, b""
                 if self._judge is not None and status >= 300:
-                    error = await response.content.read(MAX_ERROR_BYTES)
+                    error = await read(response, MAX_ERROR_BYTES)
                     status = self._judge(status, error)
                 if status == TIMEOUT:
                     raise GatewayTimeout("The worker did not answer in time.")
@@ -122,6 +122,18 @@ class Upstream:
                 raise GatewayTimeout("The worker did not answer in time.") from error
             refused = isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
             raise UpstreamFailed(type(error).__name__, ran=not refused) from error
+
+
+async def read(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
+    """A body, or its beginning: at least so many bytes of it. Raises ClientError."""
+    parts: list[bytes] = []
+    size = 0
+    async for chunk in response.content.iter_any():
+        parts.append(chunk)
+        size += len(chunk)
+        if size >= limit_bytes:
+            break
+    return b"".join(parts)
 
 
 async def _until_disconnect(receive: Receive) -> None:

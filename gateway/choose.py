@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable
 
+import msgspec
 from loguru import logger
 
 from common import engines, errors
@@ -30,7 +31,10 @@ class Chooser:
         found = self._table.engines(model)
         if found.isdisjoint(engines.LIMITED):
             return None
-        asked = engines.asked(body)
+        try:
+            asked = engines.asked(body)
+        except msgspec.MsgspecError as error:  # a name that no text can hold
+            raise errors.InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
         missing = {engine: engines.missing(engine, path, asked) for engine in sorted(found)}
         able = frozenset(engine for engine, what in missing.items() if not what)
         if able:

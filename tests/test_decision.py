@@ -445,6 +445,18 @@ class TestEngines:
         assert isinstance(bench.now(bench.arrival(temperature=1, **fields)), Accelerate)
         assert engines.asked(b'{"model": "m", "input": "x", "text": {"format": {"type": "text"}}, "n": true}') == ["input", "n"]
 
+    @pytest.mark.parametrize("raw", [b'"x": "\\ud800"', b'"x": 1e999', b'"\\ud800": 1', b'"x": ' + b"[" * 30 + b"]" * 30])
+    def test_what_no_text_can_hold_is_the_clients_mistake(self, tmp_path: Path, raw: bytes) -> None:
+        """It was a 500 of the gateway, from anybody with a key."""
+        bench = Bench(tmp_path, workers=0)
+        bench.beat("l", engine="llamacpp")
+        arrival = bench.arrival()
+        assert arrival.body is not None
+        arrival.body = arrival.body[:-1] + b", " + raw + b"}"
+        refused = bench.now(arrival)
+        assert isinstance(refused, Refuse)
+        assert refused.error.status == 400
+
     def test_who_is_away_for_a_moment_is_waited_for(self, both: Bench) -> None:
         """It was a 400 while vLLM was started again: a batch's line failed for good."""
         both.beat("v", state="gone")

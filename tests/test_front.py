@@ -124,6 +124,27 @@ def test_no_redirect_is_followed_and_no_cookie_kept(odd: Odd, tmp_path: Path) ->
     assert len(odd.got) == 3
 
 
+def test_what_nobody_thought_of_does_not_end_the_looking(odd: Odd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug, or a key that no header can hold, ended it without a word: the worker stayed away for good."""
+    failing = iter([ValueError("a newline in a header")])
+    recognise = dialects.recognise
+
+    def once(engine: str, listing: bytes) -> str:
+        for error in failing:
+            raise error
+        return recognise(engine, listing)
+
+    monkeypatch.setattr(dialects, "recognise", once)
+    [health] = asked(odd, tmp_path, ("GET", "/health", None))
+    assert health.status_code == 200
+
+
+def test_a_list_without_an_end_is_not_read_to_it(odd: Odd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.worker.front.MAX_SAID_BYTES", 10)
+    [health] = asked(odd, tmp_path, ("GET", "/health", None))
+    assert health.status_code == 502
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [(401, 503), (403, 503), (400, 400), (429, 429), (500, 502), (503, 503)])
 def test_whose_mistake_it_is(odd: Odd, tmp_path: Path, theirs: int, ours: int) -> None:
     [answer] = asked(odd, tmp_path, chat(f"status {theirs}"))

@@ -23,8 +23,8 @@ from common.errors import ApiError, UpstreamFailed, encode, encode_parts
 from common.metering.rewrite import decode_raw, rewrite
 from common.routes import ENGINE_PATHS, ROUTES
 from common.settings import read_settings
-from common.tasks import end_tasks
-from common.upstream import THEIRS_RETURNED, Upstream, open_session
+from common.tasks import end_tasks, repeat
+from common.upstream import THEIRS_RETURNED, Upstream, open_session, read
 from services.worker import dialects
 from services.worker.middleware import WorkerMiddleware
 from services.worker.settings import WorkerSettings
@@ -37,6 +37,8 @@ LISTED_EVERY_S, LISTED_TIMEOUT_S, LISTED_FOR_S = 5.0, 10.0, 20.0
 answer may take; and how long an old one stands while none comes."""
 FIRST_EVERY_S = 0.5
 FIRST_TRIES = 60
+MAX_SAID_BYTES = 8 * 2**20
+"""Of a list of models, or of metrics."""
 TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 _PUBLIC = {theirs: ours for ours, theirs in ENGINE_PATHS.items()}
 NOT_THE_CLIENTS = (401, 403, 407)
@@ -61,6 +63,7 @@ class Front:
         self._dialect = dialects.find(settings.engine)
         self._session: aiohttp.ClientSession | None = None
         self._listing: Listing | None = None
+        self._look_at, self._tries = 0.0, 0
         self.salted: set[str] = set(self._dialect.salted)
         """The routes on which the engine takes a `cache_salt`."""
 
@@ -93,7 +96,7 @@ class Front:
                     CONNECT_TIMEOUT_S, self._settings.read_timeout_s,
                     reuse=self._url.startswith("https"),  # a handshake costs; llama.cpp closes when it likes
                 )
-                looking = [asyncio.create_task(self._look())]
+                looking = [asyncio.create_task(repeat("what the engine serves", self._look, FIRST_EVERY_S))]
             else:
                 await end_tasks(looking)
                 if self._session is not None:
@@ -102,24 +105,26 @@ class Front:
             if message["type"] == "lifespan.shutdown":
                 return
 
-    async def _look(self) -> None:
-        """What the engine serves, again and again; often until it first says so."""
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                status, body = await self._get("/v1/models", LISTED_TIMEOUT_S)
-            except aiohttp.ClientConnectorError:
-                self._listing = None  # nobody is there: no need to wait until the old one is too old
-            except (aiohttp.ClientError, TimeoutError) as error:
-                logger.warning("the engine does not say what it serves", error=str(error) or type(error).__name__)
+    async def _look(self) -> bool:
+        """What the engine serves, when it is time to ask: often until it first says so. False: it was not."""
+        if time.monotonic() < self._look_at:
+            return False
+        self._tries += 1
+        try:
+            status, body = await self._get("/v1/models", LISTED_TIMEOUT_S)
+        except aiohttp.ClientConnectorError:
+            self._listing = None  # nobody is there: no need to wait until the old one is too old
+        except (aiohttp.ClientError, TimeoutError) as error:
+            logger.warning("the engine does not say what it serves", error=str(error) or type(error).__name__)
+        else:
+            if status == 200:
+                await self._recognise(body)
+                self._listing = Listing(body, time.monotonic())
             else:
-                if status == 200:
-                    await self._recognise(body)
-                    self._listing = Listing(body, time.monotonic())
-                else:
-                    logger.warning("the engine does not say what it serves", status=status)
-            await asyncio.sleep(FIRST_EVERY_S if self._listing is None and tries < FIRST_TRIES else LISTED_EVERY_S)
+                logger.warning("the engine does not say what it serves", status=status)
+        often = self._listing is None and self._tries < FIRST_TRIES
+        self._look_at = time.monotonic() + (0 if often else LISTED_EVERY_S)
+        return True
 
     async def _recognise(self, listing: bytes) -> None:
         """Whose server it is, where only its address is known; of llama.cpp, what it can do with this model."""
@@ -193,7 +198,10 @@ class Front:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         asked = self._session.get(self._url + path, headers=headers, allow_redirects=False)
         async with asyncio.timeout(timeout_s), asked as answer:
-            return answer.status, await answer.read()
+            body = await read(answer, MAX_SAID_BYTES + 1)
+            if len(body) > MAX_SAID_BYTES:
+                raise aiohttp.ClientPayloadError(f"{path}: more than {MAX_SAID_BYTES} bytes")
+            return answer.status, body
 
 
 def one_tool(body: bytes) -> dict[str, object]:
