@@ -35,7 +35,12 @@ ENGINE_ID_PREFIX = "owngpt-"
 
 
 def command(settings: WorkerSettings) -> list[str]:
-    """The command that starts vLLM's OpenAI server.
+    """The command that starts vLLM's OpenAI server with our middleware inside."""
+    return [*bare(settings), "--middleware", MIDDLEWARE]
+
+
+def bare(settings: WorkerSettings) -> list[str]:
+    """The same without the middleware, which needs the stack.
 
     A module, because the `vllm` console script of the CPU wheel does not start (no metadata under the name vllm).
     """
@@ -47,7 +52,6 @@ def command(settings: WorkerSettings) -> list[str]:
         "--port", str(settings.engine_port),
         "--max-num-seqs", str(sequences(settings)),
         "--scheduling-policy", "priority",  # batches wait longer
-        "--middleware", MIDDLEWARE,
         "--enable-prompt-tokens-details",
         "--enable-auto-tool-choice", "--tool-call-parser", tool_parser(settings),
         "--tool-strict-level", "parameter",  # forced calls fit their schema, strict or not
@@ -74,6 +78,8 @@ def command(settings: WorkerSettings) -> list[str]:
             args.append("--enable-sleep-mode")
     else:
         args += ["--enforce-eager", "--worker-cls", "services.worker.vllm.cpu.Worker"]
+        if forks(settings):
+            args += ["--distributed-executor-backend", serve.EXECUTOR]
     decoder = family.is_decoder(checkpoint.config(settings.model, settings.model_revision))
     if serves_adapters(settings) and decoder:
         args += adapters(settings)

@@ -1,14 +1,16 @@
-"""vLLM's CPU worker (`--worker-cls`): nothing compiles lazily, LoRA per adapter. No vLLM file is changed."""
+"""vLLM's CPU worker (`--worker-cls`): nothing compiles lazily, fused norms, LoRA per adapter. No vLLM file is changed."""
 
 import os
 import sys
 from types import FunctionType
 from typing import Any
 
+import torch
+from vllm.lora.layers import base_linear, fused_moe
 from vllm.platforms import current_platform
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from services.worker.vllm import serve
+from services.worker.vllm import norms, serve
 
 
 def never_compile() -> None:
@@ -27,12 +29,24 @@ def never_compile() -> None:
                 setattr(module, attribute, raw)
 
 
+def pin() -> None:
+    """Bind this thread as the first of its OpenMP's, where it is known which cores there are."""
+    if threads := serve.cores(os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")):
+        os.sched_setaffinity(0, {threads[0]})
+
+
+def put_adapters_right() -> None:
+    """LoRA per adapter, on W8A8 layers too: vLLM asks a layer's weight where it lies, and oneDNN has packed that away."""
+    base_linear._get_lora_device = fused_moe._get_lora_device = lambda layer: torch.device("cpu")
+    current_platform.get_punica_wrapper = lambda: "services.worker.vllm.punica.GroupedPunica"
+
+
 class Worker(CPUWorker):  # type: ignore[misc]  # untyped
     """One rank of an engine on a CPU."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if threads := serve.cores(os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")):
-            os.sched_setaffinity(0, {threads[0]})  # as the first of its OpenMP's threads
+        pin()
         super().__init__(*args, **kwargs)
         never_compile()
-        current_platform.get_punica_wrapper = lambda: "services.worker.vllm.punica.GroupedPunica"
+        norms.put_in_place()
+        put_adapters_right()
