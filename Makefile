@@ -4,6 +4,7 @@
 # make finetune DATA=questions.jsonl    your own model from your own questions (HELDOUT=file SUFFIX=name EPOCHS=3)
 # make apply   models.yaml as it is now, while the stack serves (apply-compose: for containers)
 # make restart all workers and the gateway anew, one after the other, while the stack serves (restart-compose: for containers)
+# make quantize METHOD=w8a8   a smaller copy of a model (gptq, awq; MODEL=name DATA=questions.jsonl), measured, in models.yaml
 # make plan    what fits on which GPU, how fast, at what price (MODEL=org/name GPU="RTX 4090" GPUS=1 TOKENS=8192)
 # make backup  everything in one archive, while it runs             make restore FROM=…   into an empty STATE_DIR
 # make test    everything that can be tested here                   make check    linters and types
@@ -13,10 +14,10 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key keys revoke doctor plan apply apply-compose restart restart-compose backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts bench-engines check-cuda check-gpu base-images clean
+.PHONY: help up env key keys revoke doctor plan quantize apply apply-compose restart restart-compose backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts bench-engines check-cuda check-gpu base-images clean
 
 help:
-	@sed -n '1,10s/^# //p' Makefile
+	@sed -n '1,11s/^# //p' Makefile
 
 up: .venv/.ready
 	@exec $(PY) -m services.local up
@@ -54,6 +55,17 @@ restart: .venv/.ready
 
 plan: .venv/.ready
 	@$(PY) -m services.local plan
+
+# llm-compressor wants other packages than vLLM.
+.venv-quantize/.ready: .venv/.ready services/tools/quantize/install.sh services/tools/quantize/constraints.txt
+	@python=$${PYTHON:-python3.11}; echo "installing llm-compressor into .venv-quantize (once; about 1.5 GB, a minute)"; \
+	    $$python -m venv .venv-quantize && mkdir -p .venv-quantize && \
+	    $$python services/local/progress.py .venv-quantize/install.log "llm-compressor" 60 \
+	    services/tools/quantize/install.sh .venv-quantize/bin/python "$$(cat .venv/accelerator)"
+	@touch $@
+
+quantize: .venv-quantize/.ready
+	@exec $(PY) -m services.tools quantize
 
 backup: .venv/.ready
 	@$(PY) -m services.local backup "$(or $(TO),owngpt-$(shell date +%Y%m%d-%H%M%S).tar.gz)"
@@ -121,4 +133,4 @@ base-images:
 	@services/base/make.sh
 
 clean:
-	rm -rf .venv .venv-tools .bench-env .cuda-env
+	rm -rf .venv .venv-tools .venv-quantize .bench-env .cuda-env

@@ -5,6 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common import formats
+
+
+MADE = "quantised.json"
+"""In a folder that `make quantize` made: of what, how, and what the gate measured."""
+
 
 def config(model: str, revision: str = "") -> Mapping[str, Any]:
     """The config.json of a folder or of a hub model that was fetched; empty when it is not on this machine."""
@@ -17,6 +23,24 @@ def weights_bytes(model: str, revision: str = "") -> int:
     """The size of its safetensors files; 0 when it is not on this machine."""
     folder = _folder(model, revision)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder is not None else 0
+
+
+def original(model: str, revision: str = "") -> tuple[str, str]:
+    """(model, revision) of which `make quantize` made this one; itself, where it was made by nobody of ours."""
+    made = Path(model) / MADE
+    if not made.is_file():
+        return model, revision
+    said = json.loads(made.read_text())
+    return str(said["original"]), str(said["revision"])
+
+
+def format_name(model: str, revision: str = "") -> str:
+    """How its weights are stored: bf16, w8a8, gptq; empty when it is not on this machine."""
+    made = Path(model) / MADE
+    if made.is_file():
+        return str(json.loads(made.read_text())["method"])
+    found = config(model, revision)
+    return formats.of(found).name if found else ""
 
 
 def _folder(model: str, revision: str) -> Path | None:

@@ -36,6 +36,8 @@ class Model(msgspec.Struct):
     parent: str | None = None
     revision: str = ""
     """Digest of the model's files and of the settings that shape its answers; empty: unknown."""
+    format: str = ""
+    """How its weights are stored: bf16, w8a8, gptq, Q4_1; empty: unknown."""
 
 
 class Heartbeat(msgspec.Struct):

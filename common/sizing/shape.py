@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import formats
 from common.sizing.cards import CannotSay
 
 GATED_DECODERS = frozenset({
@@ -17,7 +18,6 @@ KNOWN = json.loads((Path(__file__).parent / "known.json").read_text())
 VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to it (ParallelLMHead)."""
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-FOUR_BIT = frozenset({"awq", "gptq"})
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Shape:
     qkv_bias: bool
     head_norms: bool
     quantization: str = ""
-    """awq or gptq (4 bits), fp8, or empty."""
+    """awq, gptq or w4a16 (4 bits), w8a8, w8a16 or fp8, or empty."""
     group: int = 128
     """Weights of 4 bits that share a scale."""
 
@@ -72,7 +72,7 @@ class Shape:
         return self.layers * layer + self.hidden
 
     def _bytes_per_weight(self) -> float:
-        if self.quantization in FOUR_BIT:  # 4 bits, and a half-precision scale and a 4-bit zero for each group
+        if self.quantization in formats.FOUR_BIT:  # 4 bits, and a half-precision scale and a 4-bit zero for each group
             return 0.5 + (2 + 0.5) / self.group
         return 1.0 if self.quantization else 2.0
 
@@ -118,7 +118,7 @@ def of_config(config: Mapping[str, Any], model: str) -> Shape:
                         f"Known: {', '.join(sorted(GATED_DECODERS))}.")
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        method, group = _quantization(config.get("quantization_config") or {}, model)
+        method, group = _quantization(config, model)
         return Shape(
             architecture=architecture, layers=int(config["num_hidden_layers"]), hidden=hidden,
             intermediate=int(config["intermediate_size"]), heads=heads,
@@ -136,9 +136,12 @@ def of_config(config: Mapping[str, Any], model: str) -> Shape:
 
 def _quantization(config: Mapping[str, Any], model: str) -> tuple[str, int]:
     """(method, weights that share a scale)."""
-    method = str(config.get("quant_method") or "")
-    if method in FOUR_BIT and config.get("bits", 4) != 4:
-        raise CannotSay(f"{model} is {method} with {config['bits']} bits; only 4 are known here.")
-    if method and method not in FOUR_BIT | {"fp8"}:
-        raise CannotSay(f"{model} is quantised by {method!r}, whose sizes are not known here (awq, gptq, fp8 are).")
-    return method, int(config.get("group_size") or 128)
+    if not config.get("quantization_config"):
+        return "", 128
+    found = formats.of(config)
+    if found.name in formats.FOUR_BIT and found.bits != 4:
+        raise CannotSay(f"{model} is {found.name} with {found.bits} bits; only 4 are known here.")
+    if found.name not in formats.FOUR_BIT and found.bits != 8:
+        raise CannotSay(f"{model} is quantised by {found.name!r}, whose sizes are not known here "
+                        "(awq, gptq, fp8 and compressed-tensors with 4 or 8 bits are).")
+    return found.name, found.group

@@ -107,9 +107,9 @@ class Runner:
         folder.pause.unlink(missing_ok=True)
         if folder.run.exists():  # trained already; a crash came before it was published
             return dict(json.loads(folder.run.read_text())["result"])
-        config = checkpoint.config(self._settings.model, self._settings.model_revision)
-        if quantized := config.get("quantization_config"):
-            method = quantized.get("quant_method", "quantised")
+        base, revision = checkpoint.original(self._settings.model, self._settings.model_revision)
+        if checkpoint.config(base, revision).get("quantization_config"):
+            method = checkpoint.format_name(base, revision)
             text = f"The base {self._job.model} is {method}: a LoRA run needs its weights in 16 bits."
             self._end("failed", error={"code": "base_quantized", "param": "model", "message": text})
             return None
@@ -147,11 +147,12 @@ class Runner:
 
     def _plan(self) -> Plan:
         files, job = self._settings.files_dir, self._job
+        base, revision = checkpoint.original(self._settings.model, self._settings.model_revision)
         return msgspec.convert(
             {
                 "job": job.id,
-                "base": self._settings.model,
-                "revision": self._settings.model_revision,
+                "base": base,
+                "revision": revision,
                 "seed": job.seed,
                 "max_tokens": self._settings.train_max_tokens,
                 "training_file": str(files / job.training_file),

@@ -130,7 +130,7 @@ class Agent:
             registry = read_registry(await self._redis.hgetall(ADAPTERS))
             base = self._models[0]
             self.heart.serves(self._models, [
-                Model(a.name, base.max_model_len, a.created, base.id) for a in registry.values() if a.base == base.id
+                Model(a.name, base.max_model_len, a.created, base.id, format=base.format) for a in registry.values() if a.base == base.id
             ])  # fmt: skip
 
         serving = self._engine.adapters is not None

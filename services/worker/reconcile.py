@@ -107,4 +107,5 @@ class Reconciler:
         return Model(
             id=adapter.name, max_model_len=base.max_model_len, created=adapter.created, parent=base.id,
             revision=blake2b(revision.encode(), digest_size=16).hexdigest() if base.revision else "",
+            format=base.format,
         )

@@ -21,7 +21,7 @@ export async function show() {
   const models = (await json("/v1/models")).data;
   const own = models.filter((model) => model.parent), base = models.filter((model) => !model.parent);
   $("model").replaceChildren(...[...base, ...own].map((model) =>
-    make("option", { value: model.id }, model.parent ? `${model.id} ← ${model.parent}` : model.id)));
+    make("option", { value: model.id }, model.parent ? `${model.id} ← ${model.parent}` : model.format ? `${model.id} · ${model.format}` : model.id)));
   if (models.some((model) => model.id === chosen)) $("model").value = chosen;
   list();
 }

@@ -46,7 +46,7 @@ function put(status) {
     make("div", { className: bad ? "tile bad" : "tile" }, make("b", value), make("span", name))));
 
   fill($("workers"), [t("worker"), t("engine"), t("state"), t("running"), t("waiting"), t("KV blocks"), t("tokens/s"), t("read/s"), t("prompt cached"), t("models")],
-    status.workers.map((worker) => [worker.id, worker.engine, worker.state, `${worker.in_flight} / ${worker.slots}`, number(worker.waiting + (worker.wished ?? 0)), bar(worker.kv_use),
+    status.workers.map((worker) => [worker.id, worker.format ? `${worker.engine} · ${worker.format}` : worker.engine, worker.state, `${worker.in_flight} / ${worker.slots}`, number(worker.waiting + (worker.wished ?? 0)), bar(worker.kv_use),
       number(worker.tokens_per_s, 1), number(worker.prompt_tokens_per_s, 1), percent(worker.cached_share), worker.models.join(", ")]), t("no worker"));
 
   const machine = (status.gpus ?? []).map((gpu) => [`GPU ${gpu.gpu} ${gpu.name}`, gpu.utilization === null ? "–" : bar(gpu.utilization),

@@ -62,6 +62,11 @@ class Entry(msgspec.Struct):
         context = (self.meta or {}).get("n_ctx")
         return self.max_model_len or (context if isinstance(context, int) else 0)
 
+    @property
+    def format(self) -> str:
+        """How its weights are stored; empty: it does not say. llama.cpp does."""
+        return str((self.meta or {}).get("ftype") or "")
+
 
 class _Listing(msgspec.Struct):
     data: list[Entry]

@@ -60,7 +60,7 @@ class Fronted(Served):
         return found
 
     def _model(self, entry: Entry, name: str) -> Model:
-        return Model(name, self._settings.max_model_len or entry.longest, entry.created, entry.parent)
+        return Model(name, self._settings.max_model_len or entry.longest, entry.created, entry.parent, format=entry.format)
 
     async def load(self) -> Load:
         found = await super().load()

@@ -53,9 +53,10 @@ class Vllm(Served):
         return command.environment(self._settings) | {WORKER_ID: self._worker_id}
 
     async def models(self) -> list[Model]:
+        said = await asyncio.to_thread(checkpoint.format_name, self._settings.model, self._settings.model_revision)
         return [
             Model(entry.id, entry.max_model_len or 0, entry.created, entry.parent,
-                  await asyncio.to_thread(self._revision, entry))
+                  await asyncio.to_thread(self._revision, entry), said)
             for entry in await listed(self._http)
         ]
 

@@ -1,7 +1,7 @@
-"""RMSNorm on vLLM's CPU platform by the kernel that its build holds (csrc/cpu/layernorm.cpp), instead of ten operators.
+"""RMSNorm on vLLM's CPU platform by the kernel that its build holds (csrc/cpu/layernorm.cpp), not by ten operators.
 
-vLLM 0.32 leaves it to torch.compile there; we run eager (docs/decisions/0003), where each of two norms a layer is such a
-chain: with one request more time than the matrix products take (docs/decisions/0017). SwiGLU stays as it is: that
+vLLM 0.32 leaves it to torch.compile there; we run eager (docs/decisions/0003), where each of two norms a layer is such
+a chain: with one request more time than the matrix products take (docs/decisions/0017). SwiGLU stays as it is: that
 kernel is slower than the chain.
 
     rms_norm(x) = x / sqrt(mean(x²) + ε) · w

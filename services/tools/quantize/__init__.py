@@ -1,0 +1,1 @@
+"""`make quantize`: a smaller checkpoint, what it lost and gained, and its entry in models.yaml."""
