@@ -5,6 +5,8 @@
 # make apply   models.yaml as it is now, while the stack serves (apply-compose: for containers)
 # make restart all workers and the gateway anew, one after the other, while the stack serves (restart-compose: for containers)
 # make quantize METHOD=w8a8   a smaller copy of a model (gptq, awq; MODEL=name DATA=questions.jsonl), measured, in models.yaml
+# make compare MODELS="one two"   the same load against several models or endpoints; a page (RECIPE=name of examples/compare.yaml)
+# make profile an engine from inside: where its time goes (WORKER=worker-2 N=8 LOAD=mixed)
 # make plan    what fits on which GPU, how fast, at what price (MODEL=org/name GPU="RTX 4090" GPUS=1 TOKENS=8192)
 # make backup  everything in one archive, while it runs             make restore FROM=…   into an empty STATE_DIR
 # make test    everything that can be tested here                   make check    linters and types
@@ -14,10 +16,10 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key keys revoke doctor plan quantize apply apply-compose restart restart-compose backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts bench-engines check-cuda check-gpu base-images clean
+.PHONY: help up env key keys revoke doctor plan quantize compare profile apply apply-compose restart restart-compose backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts bench-engines check-cuda check-gpu base-images clean
 
 help:
-	@sed -n '1,11s/^# //p' Makefile
+	@sed -n '1,13s/^# //p' Makefile
 
 up: .venv/.ready
 	@exec $(PY) -m services.local up
@@ -66,6 +68,16 @@ plan: .venv/.ready
 
 quantize: .venv-quantize/.ready
 	@exec $(PY) -m services.tools quantize
+
+.venv/.tools-ready: .venv/.ready services/tools/requirements.txt
+	@$(PY) -m pip install -q -c constraints.txt -r services/tools/requirements.txt
+	@touch $@
+
+compare: .venv/.tools-ready
+	@exec $(PY) -m services.tools compare
+
+profile: .venv/.ready
+	@exec $(PY) -m services.tools profile
 
 backup: .venv/.ready
 	@$(PY) -m services.local backup "$(or $(TO),owngpt-$(shell date +%Y%m%d-%H%M%S).tar.gz)"

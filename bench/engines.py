@@ -1,5 +1,7 @@
 """`make bench-engines`: engines beside vLLM behind the same gateway, and how an engine starts on a CPU."""
 
+import contextlib
+import json
 import os
 import statistics
 import subprocess
@@ -11,14 +13,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import msgspec
 
+from common import checkpoint
+from services.local import model as bundled
 from services.local.plan import ROOT
+from services.tools.profile import trace
+from services.tools.quantize import engine
+from services.tools.quantize.command import METHODS
 from tests import contract
 from tests.engines import ENGINES, HERE, beside, client, failover
 from tests.harness import free_ports, wait_for
-from tests.up import Up
+from tests.up import Up, started
 
 ROUNDS = 3
+TURNS = 9
+MODELS = ROOT / ".state/models"
 MODULES = {"forked": "services.worker.vllm.serve", "spawned": "vllm.entrypoints.openai.api_server"}
 THREADS = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[:4])), "VLLM_CPU_KVCACHE_SPACE": "1"}
 
@@ -89,8 +99,69 @@ def start_s(module: str) -> float:
             engine.terminate()
 
 
-GROUPS: dict[str, Callable[[], dict[str, float]]] = {"starts": starts, "side": side_by_side}
+def quantised() -> dict[str, float]:
+    """The bundled model by each method, made and measured by `make quantize`, and the fastest beside the original."""
+    found: dict[str, float] = {"quantised_served": 0}
+    for method in METHODS:
+        folder = MODELS / f"{bundled.NAME}-{method}"
+        with tempfile.TemporaryDirectory() as temporary:
+            env = os.environ | {"METHOD": method, "MAX_PERPLEXITY_LOSS": "9", "MODELS_FILE": f"{temporary}/models.yaml"}
+            Path(env["MODELS_FILE"]).write_text("models: [{name: smollm2-135m-instruct}]\n")
+            subprocess.run(["make", "quantize"], cwd=ROOT, env=env, check=True)
+        said = json.loads((folder / checkpoint.MADE).read_text())["gate"]
+        found["quantised_served"] += 1
+        found[f"ppl_{method}"] = round(said["quantised"]["perplexity"] / said["original"]["perplexity"], 3)
+        found[f"kl_{method}"] = said["kl_nats"]
+    sides: dict[str, tuple[Path, dict[str, str]]] = {"original": (MODELS / bundled.NAME, {}), "w8a8": (MODELS / f"{bundled.NAME}-w8a8", {})}
+    ratios = in_turns(sides, (1, 16))
+    return found | {f"quant_speed_{at}": ratio for at, ratio in ratios.items()}
+
+
+def default() -> dict[str, float]:
+    """What `make up` starts, beside what it started before (bench/before.py), tuned models possible."""
+    with tempfile.TemporaryDirectory() as adapters:
+        before = {"ADAPTERS_DIR": adapters, "ENGINE_ARGS": "--worker-cls bench.before.Worker --distributed-executor-backend mp"}
+        model = MODELS / bundled.NAME
+        ratios = in_turns({"before": (model, before), "now": (model, {"ADAPTERS_DIR": adapters})}, (1, 32))
+    return {f"default_speed_{at}": ratio for at, ratio in ratios.items()}
+
+
+def in_turns(sides: dict[str, tuple[Path, dict[str, str]]], concurrent: tuple[int, ...]) -> dict[int, float]:
+    """Tokens/s of the second side ÷ the first's, by how many ask at once: medians of rounds that take turns."""
+    found = {}
+    with contextlib.ExitStack() as running, tempfile.TemporaryDirectory() as logs:
+        up = {name: running.enter_context(engine.alone(str(model), "", "cpu", Path(logs) / name, **told))
+              for name, (model, told) in sides.items()}
+        for at in concurrent:
+            rates: dict[str, list[float]] = {name: [] for name in up}
+            for number in range(TURNS + 1):
+                for name in sorted(up, reverse=number % 2 == 1):
+                    rates[name].append(round(engine.one_round(up[name], at), 1))
+            print(f"  tokens/s at {at}: {rates}", flush=True)
+            first, second = (statistics.median(rates[name][1:]) for name in sides)
+            found[at] = round(second / first, 3)
+    return found
+
+
+def tools() -> dict[str, float]:
+    """`make compare` of one model against itself, and what a profile explains."""
+    with tempfile.TemporaryDirectory() as temporary, started(Path(temporary), 1) as up:
+        env = os.environ | {"STATE_DIR": str(up.state), "RECIPE": "self"}
+        subprocess.run(["make", "compare"], cwd=ROOT, env=env, check=True)
+        [said] = (up.state / "compared").glob("*/report.json")
+        one, same = (found["tokens_per_s"] for found in json.loads(said.read_text())["figures"])
+        subprocess.run(["make", "profile"], cwd=ROOT, env=env | {"FORCE": "1", "N": "4"}, check=True)
+        summary = msgspec.json.decode((up.state / "profiles/worker-1/summary.json").read_bytes(), type=trace.Summary)
+        return {"compare_self": round(abs(same / one - 1), 4), "profile_explained": round(summary.explained, 4)}
+
+
+GROUPS: dict[str, Callable[[], dict[str, float]]] = {
+    "default": default, "quantised": quantised, "tools": tools, "starts": starts, "side": side_by_side,
+}
 BOUNDS = {
+    "quantised_served": "3", "ppl_w8a8": "≤ 1.05", "ppl_gptq": "reported", "ppl_awq": "reported", "kl_w8a8": "reported",
+    "kl_gptq": "reported", "kl_awq": "reported", "quant_speed_1": "> 1", "quant_speed_16": "reported", "default_speed_1": "≥ 1.2",
+    "default_speed_32": "≥ 1.1", "compare_self": "≤ 0.03", "profile_explained": "≥ 0.95",
     "contract_failed": "0", "contract_failed_doubles": "0", "cross_engine_failed": "0", "llamacpp_speed_1": "reported",
     "llamacpp_speed_16": "reported", "start_forked_s": "-", "start_spawned_s": "-", "start_ratio": "≤ 0.6",
 }

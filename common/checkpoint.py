@@ -7,7 +7,6 @@ from typing import Any
 
 from common import formats
 
-
 MADE = "quantised.json"
 """In a folder that `make quantize` made: of what, how, and what the gate measured."""
 

@@ -32,7 +32,7 @@ def of(config: Mapping[str, Any]) -> Format:
 
 
 def _compressed(said: Mapping[str, Any]) -> Format:
-    """https://github.com/vllm-project/compressed-tensors: schemes by groups of layers; the first is that of nearly all."""
+    """Schemes by groups of layers; the first is that of nearly all (github.com/vllm-project/compressed-tensors)."""
     scheme: Mapping[str, Any] = next(iter((said.get("config_groups") or {}).values()), {})
     weights, inputs = scheme.get("weights") or {}, scheme.get("input_activations") or {}
     bits = int(weights.get("num_bits") or 16)

@@ -69,7 +69,7 @@ class Heartbeat(msgspec.Struct):
     wake_s: float = 0.0
     """How long it took to wake last; 0.0: it never slept."""
     held: str = ""
-    """What keeps it from waking: training."""
+    """What keeps it from serving: training, a profile."""
 
 
 class Worker:

@@ -63,9 +63,10 @@ def models_and_aliases(request: Request) -> dict[str, Model]:
 
 
 def describe(model: Model, table: WorkerTable) -> dict[str, object]:
-    """A model in OpenAI's shape, with vLLM's `max_model_len` and `parent`, how its weights are stored, and whether it is ready or asleep."""
+    """A model in OpenAI's shape, with vLLM's `max_model_len` and `parent`, its format, and whether it is awake."""
     served = model.id if model.id in table.models() else model.parent or model.id  # an alias is what it stands for
     return {
         "id": model.id, "object": "model", "created": model.created, "owned_by": "owngpt",
-        "max_model_len": model.max_model_len, "parent": model.parent, "format": model.format or None, "state": table.state_of(served),
+        "max_model_len": model.max_model_len, "parent": model.parent, "format": model.format or None,
+        "state": table.state_of(served),
     }

@@ -94,7 +94,8 @@ class LastHour:
 def describe(beat: Heartbeat, speed: tuple[float, float]) -> dict[str, object]:
     """One worker, as the status shows it. No address: that is nobody's business outside."""
     return {
-        "id": beat.id, "engine": beat.engine, "format": next((m.format for m in beat.models if m.format), None), "state": beat.state, "held": beat.held,
+        "id": beat.id, "engine": beat.engine, "format": next((m.format for m in beat.models if m.format), None),
+        "state": beat.state, "held": beat.held,
         "models": [model.id for model in beat.models],
         "in_flight": beat.in_flight, "waiting": beat.waiting, "slots": beat.slots, "kv_use": round(beat.kv_use, 4),
         "tokens_per_s": round(speed[0], 1), "prompt_tokens_per_s": round(speed[1], 1),

@@ -131,6 +131,7 @@ def worker(dials: Dials, one: Worker) -> Program:
         "ENGINE_PORT": str(one.port),
         "ADVERTISE_HOST": "127.0.0.1",
         "KV_TIER": os.environ.get("KV_TIER") or ("off" if dials.gpus else "redis"),
+        "PROFILE_DIR": str(dials.state / "profiles" / one.name),
         **adapters,
         **one.env,
     }, secrets=("redis_password", "worker_token", "answer_secret", "kv_secret"), program="worker",

@@ -78,7 +78,8 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
     for worker in workers:
         state, waiting = worker["state"], worker["waiting"] + worker["wished"]  # in the engine, and for it to wake
         table.add_row(
-            worker["id"], " ".join(filter(None, (worker["engine"], worker["format"]))), Text(state, style=STYLES.get(state, "red")),
+            worker["id"], " ".join(filter(None, (worker["engine"], worker["format"]))),
+            Text(state, style=STYLES.get(state, "red")),
             f"{worker['in_flight']}/{worker['slots']}", str(waiting), bar(worker["kv_use"]),
             f"{worker['tokens_per_s']:.1f}", f"{worker['prompt_tokens_per_s']:.1f}", share(worker["cached_share"]),
             ", ".join(worker["models"]),

@@ -25,6 +25,7 @@ from services.worker import engines, preflight
 from services.worker.engines.base import Engine, EngineSilent
 from services.worker.heartbeat import Heart
 from services.worker.process import Process
+from services.worker.profiling import Profiler
 from services.worker.reconcile import Reconciler
 from services.worker.settings import WorkerSettings
 from services.worker.turns import Turns
@@ -55,6 +56,9 @@ class Agent:
         self.heart.alive_file, self.heart.on_demand = settings.alive_file, settings.on_demand
         self._turns = Turns(self._redis, settings, self.heart) if settings.shared_place else None
         self._models = [Model(settings.served_name, settings.max_model_len)]
+        self._profiler = None if settings.profile_dir is None or self._engine.name != "vllm" else Profiler(
+            settings, settings.profile_dir, lambda: self._process.pid
+        )  # fmt: skip
         self._patience_s = math.inf if self._engine.elsewhere else settings.stall_restart_s
         self.stopping = asyncio.Event()
         self.came_up = False
@@ -100,10 +104,10 @@ class Agent:
             if not await self._unless_stopped(self._wake()):
                 return False
         if self._turns is None:
-            await self._unless_stopped(self._serve())
+            await self._unless_stopped(self._serve_and_be_profiled())
         else:
             self._turns.is_now("awake")
-            asked = await self._unless_stopped(self._first(self._serve(), self._turns.must_sleep()))
+            asked = await self._unless_stopped(self._first(self._serve_and_be_profiled(), self._turns.must_sleep()))
             if asked and await self._unless_stopped(self._first(self._watch(), self._drain("asleep", math.inf))):
                 async with self._resting("asleep"):
                     await self._put_to_sleep(self._turns)
@@ -130,7 +134,8 @@ class Agent:
             registry = read_registry(await self._redis.hgetall(ADAPTERS))
             base = self._models[0]
             self.heart.serves(self._models, [
-                Model(a.name, base.max_model_len, a.created, base.id, format=base.format) for a in registry.values() if a.base == base.id
+                Model(a.name, base.max_model_len, a.created, base.id, format=base.format)
+                for a in registry.values() if a.base == base.id
             ])  # fmt: skip
 
         serving = self._engine.adapters is not None
@@ -196,6 +201,20 @@ class Agent:
             if time.monotonic() - started > self._settings.start_timeout_s:
                 raise EngineDied(f"not healthy after START_TIMEOUT_S={self._settings.start_timeout_s:g}{silence}")
             await asyncio.sleep(ASK_EVERY_S)
+
+    async def _serve_and_be_profiled(self) -> None:
+        """Serve; out of rotation whenever a profile is wished for, and back."""
+        if self._profiler is None:
+            await self._serve()
+            return
+        while True:
+            await self._first(self._serve(), self._profiler.wished())
+            self.heart.beat.held = "a profile"
+            try:
+                await self._first(self._watch(), self._drain("draining", self._settings.drain_timeout_s))
+                await self._first(self.heart.rest("draining"), self._profiler.run())
+            finally:
+                self.heart.beat.held = ""
 
     async def _serve(self) -> None:
         """Heartbeats, and adapters beside them, until somebody ends it."""

@@ -1,4 +1,4 @@
-"""The engine by itself, as the stack would start it: `python -m services.worker.alone`, told by the worker's environment.
+"""The engine by itself, as the stack would start it: `python -m services.worker.alone` with a worker's environment.
 
 For what measures an engine before it serves: no agent, no redis, no metering, and a key of its own (VLLM_API_KEY).
 It ends with whoever started it.

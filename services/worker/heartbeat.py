@@ -167,7 +167,7 @@ class Heart:
 
     def _is_well(self, state: State, alive: Path) -> bool:
         """Whether a health check may pass: it answers, or sleeps and wakes by right, or did answer before it slept."""
-        rests = state in ("asleep", "waking")
+        rests = state in ("asleep", "waking") or (state == "draining" and bool(self.beat.held))
         return state == "ready" or (rests and (self.on_demand or bool(self.beat.held) or alive.exists()))
 
     async def forget(self) -> None:

@@ -22,6 +22,11 @@ class Process:
         """Whether it was started and has not ended."""
         return self._child is not None and self._child.returncode is None
 
+    @property
+    def pid(self) -> int:
+        """Its process id; 0 before it is started."""
+        return self._child.pid if self._child is not None else 0
+
     async def start(self) -> int:
         """Start it; its process id."""
         # No session of its own: that would be a scheduling group (autogroup), and an engine that starts beside a busy

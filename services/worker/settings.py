@@ -47,6 +47,7 @@ class WorkerSettings(PlaceSettings):
     cpu_threads_bind: str = Field("", description="CPU only: VLLM_CPU_OMP_THREADS_BIND; default: by core count")
     otlp_traces_endpoint: str = Field("", description="where traces go (OTLP over HTTP); empty: nobody traces")
     engine_args: str = Field("", description="further vLLM flags, as on a command line")
+    profile_dir: Path | None = Field(None, description="where profiles are asked for and put; unset: there are none")
     on_demand: bool = Field(False, description="start the engine when requests wait for it, and take turns")
     awake_at_once: int = Field(1, ge=1, description="on_demand workers of one place that are awake at once")
     alive_file: Path | None = Field(None, description="touched while all is well: what a health check looks at")

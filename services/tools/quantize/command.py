@@ -46,7 +46,9 @@ class Source(NamedTuple):
 def quantize(model: str, method: str, data: Path | None, most_loss: float, console: Console) -> Path:
     """The folder of the new checkpoint. Raises UserError: a wrong input, no room, or more lost than is allowed."""
     if method not in METHODS:
-        raise UserError(f"METHOD={method or '(nothing)'}: {', '.join(METHODS)}. make quantize MODEL=bundled METHOD=w8a8")
+        raise UserError(
+            f"METHOD={method or '(nothing)'}: {', '.join(METHODS)}. make quantize MODEL=bundled METHOD=w8a8"
+        )
     os.environ.pop("MODEL", None)  # here it does not say what is served
     dials = read_dials()
     source = find(model, dials, console)
@@ -63,13 +65,16 @@ def quantize(model: str, method: str, data: Path | None, most_loss: float, conso
     console.print(_picture(verdict, name))
     if verdict.loss > most_loss:
         raise UserError(
-            f"{name} lost {verdict.loss:.1%} of perplexity; MAX_PERPLEXITY_LOSS={most_loss:g} allows {most_loss:.1%}. It is "
-            f"not registered, and lies in {target}. Another METHOD, or DATA= of your own questions, may lose less."
+            f"{name} lost {verdict.loss:.1%} of perplexity; MAX_PERPLEXITY_LOSS={most_loss:g} allows {most_loss:.1%}. "
+            f"It is not registered, and lies in {target}. Another METHOD, or your own questions as DATA, may lose less."
         )
     path = models_path()
     new = register(path, name, target, {"name": source.name, "source": source.said})
-    console.print(f"{target}: the checkpoint, its card README.md\n{path}: {'has' if new else 'had'} an entry {name!r}. "
-                  "Serve it: make up, or make apply while the stack runs", soft_wrap=True)
+    console.print(
+        f"{target}: the checkpoint, its card README.md\n{path}: {'has' if new else 'had'} an entry {name!r}. "
+        "Serve it: make up, or make apply while the stack runs",
+        soft_wrap=True,
+    )
     return target
 
 
@@ -83,7 +88,9 @@ def find(model: str, dials: Dials, console: Console) -> Source:
             found = Source(folder.resolve().name, str(folder.resolve()), str(folder.resolve()), "")
         elif folder.is_absolute() or model.startswith((".", "~")) or "/" not in model:
             names = ", ".join(e.name for e in dials.catalog.models)
-            raise UserError(f"MODEL={model}: neither bundled, nor one of models.yaml's ({names}), nor a checkpoint folder.")
+            raise UserError(
+                f"MODEL={model}: neither bundled, nor one of models.yaml's ({names}), nor a checkpoint folder."
+            )
         else:
             hub, _, revision = model.partition("@")
             found = Source(hub.rpartition("/")[2].lower(), model, hub, revision)
@@ -122,9 +129,13 @@ def _make(source: Source, method: str, rows: list[dict[str, Any]], target: Path,
         calibration.flush()
         script = Path(__file__).parent / "compress.py"
         ran = subprocess.run(
-            [PYTHON, script, method, source.model, source.revision, calibration.name, making], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, env=os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore"}, check=False,
-        )  # fmt: skip
+            [PYTHON, script, method, source.model, source.revision, calibration.name, making],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore"},
+            check=False,
+        )
     if ran.returncode:
         raise UserError(f"{source.name} could not be quantised by {method}; see above.")
     how: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
@@ -143,7 +154,7 @@ def _measured(
     logs.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        seen = []
+        seen: list[gate.Seen] = []
         for what, model, revision in (("original", source.model, source.revision), ("quantised", str(target), "")):
             task = progress.add_task(what, total=1.0)
 
@@ -154,7 +165,9 @@ def _measured(
             try:
                 seen.append(gate.look(model, revision, rows, accelerator, log, tell, seen[0].ids if seen else None))
             except httpx.HTTPError as error:
-                raise UserError(f"The {what} model's engine stopped answering ({type(error).__name__}); see {log}.") from error
+                raise UserError(
+                    f"The {what} model's engine stopped answering ({type(error).__name__}); see {log}."
+                ) from error
             progress.update(task, completed=1.0, description=what)
     return gate.judge(*seen)
 
@@ -163,8 +176,12 @@ def _picture(verdict: Verdict, name: str) -> Table:
     was, now = verdict.original, verdict.quantised
     table = Table("", "original", name, "")
     table.add_row("perplexity", f"{was.perplexity:.2f}", f"{now.perplexity:.2f}", f"{verdict.loss:+.1%}")
-    table.add_row("weights, MB", f"{was.size_bytes / 1e6:.0f}", f"{now.size_bytes / 1e6:.0f}",
-                  f"{now.size_bytes / max(1, was.size_bytes) - 1:+.0%}")
+    table.add_row(
+        "weights, MB",
+        f"{was.size_bytes / 1e6:.0f}",
+        f"{now.size_bytes / 1e6:.0f}",
+        f"{now.size_bytes / max(1, was.size_bytes) - 1:+.0%}",
+    )
     table.add_row("ready after, s", f"{was.load_s:.0f}", f"{now.load_s:.0f}", "")
     for at, before in was.tokens_per_s.items():
         after = now.tokens_per_s[at]

@@ -1,4 +1,4 @@
-"""A quantised copy of a checkpoint, by llm-compressor, in an environment of its own (requirements.txt beside this file):
+"""A quantised copy of a checkpoint, by llm-compressor, in an environment of its own (install.sh beside this file):
 
     python services/tools/quantize/compress.py METHOD MODEL REVISION TEXTS OUT
 
@@ -47,7 +47,9 @@ def group_size(widths: set[int]) -> int:
     for size in GROUPS:
         if all(width % size == 0 for width in widths):
             return size
-    sys.exit(f"quantize: no group of {GROUPS} divides the widths of this model's layers ({sorted(widths)}); METHOD=w8a8 can")
+    sys.exit(
+        f"quantize: no group of {GROUPS} divides the widths of this model's layers ({sorted(widths)}); METHOD=w8a8 can"
+    )
 
 
 def recipe(method: str, model: Any) -> tuple[list[Any], dict[str, object]]:
@@ -55,16 +57,30 @@ def recipe(method: str, model: Any) -> tuple[list[Any], dict[str, object]]:
     if method == "w8a8":
         scheme = preset_name_to_scheme("W8A8", ["Linear"])
         return (
-            [SmoothQuantModifier(smoothing_strength=SMOOTHING), QuantizationModifier(config_groups={"group_0": scheme}, ignore=KEPT)],
-            {"weights": "int8, symmetric, a scale a channel", "activations": "int8, symmetric, a scale a token",
-             "smoothing": SMOOTHING},
-        )  # fmt: skip
-    widths = {layer.in_features for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and name not in KEPT}
+            [
+                SmoothQuantModifier(smoothing_strength=SMOOTHING),
+                QuantizationModifier(config_groups={"group_0": scheme}, ignore=KEPT),
+            ],
+            {
+                "weights": "int8, symmetric, a scale a channel",
+                "activations": "int8, symmetric, a scale a token",
+                "smoothing": SMOOTHING,
+            },
+        )
+    widths = {
+        layer.in_features
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name not in KEPT
+    }
     size, symmetric = group_size(widths), method == "gptq"
-    weights = QuantizationArgs(num_bits=4, type=QuantizationType.INT, strategy=QuantizationStrategy.GROUP, group_size=size,
-                               symmetric=symmetric)
+    weights = QuantizationArgs(
+        num_bits=4, type=QuantizationType.INT, strategy=QuantizationStrategy.GROUP, group_size=size, symmetric=symmetric
+    )
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
-    said: dict[str, object] = {"weights": f"int4, {'' if symmetric else 'a'}symmetric, groups of {size}", "activations": "as they were"}
+    said: dict[str, object] = {
+        "weights": f"int4, {'' if symmetric else 'a'}symmetric, groups of {size}",
+        "activations": "as they were",
+    }
     if method == "gptq":
         return [GPTQModifier(config_groups=groups, ignore=KEPT)], said
     return [AWQModifier(duo_scaling=True), QuantizationModifier(config_groups=groups, ignore=KEPT)], said

@@ -22,6 +22,7 @@ from services.local.plan import ROOT
 NAME = "measured"
 START_TIMEOUT_S = 1800.0
 ASK_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 30.0
 TOP = 20
 """Tokens whose probability is asked for at each position: vLLM's own bound."""
 ANSWER_TOKENS = 64
@@ -39,29 +40,37 @@ class Engine(NamedTuple):
 
 
 @contextlib.contextmanager
-def alone(model: str, revision: str, accelerator: str, log: Path) -> Iterator[Engine]:
-    """Start it, and end it afterwards. Raises UserError with the end of its log when it does not come up."""
+def alone(model: str, revision: str, accelerator: str, log: Path, **told: str) -> Iterator[Engine]:
+    """Start it, `told` further variables of a worker, and end it afterwards.
+
+    Raises UserError with the end of its log when it does not come up.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     key = secrets.token_urlsafe(24)
-    env = os.environ | {
-        "MODEL": model, "MODEL_REVISION": revision, "SERVED_MODEL_NAME": NAME, "ENGINE": "vllm", "ACCELERATOR": accelerator,
-        "ENGINE_PORT": str(port), "ADAPTERS_DIR": "", "MAX_LORAS": "0", "KV_TIER": "off", "VLLM_API_KEY": key,
-        "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    del env["ADAPTERS_DIR"]
+    ours = {"MODEL": model, "MODEL_REVISION": revision, "SERVED_MODEL_NAME": NAME, "ACCELERATOR": accelerator}
+    ours |= {"ENGINE": "vllm", "ENGINE_PORT": str(port), "KV_TIER": "off", "VLLM_API_KEY": key, "PYTHONPATH": str(ROOT)}
+    env = {name: value for name, value in os.environ.items() if name != "ADAPTERS_DIR"} | ours | told
     began = time.monotonic()
-    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=ASK_TIMEOUT_S, headers={"authorization": f"Bearer {key}"})
-    with open(log, "wb") as out, http, subprocess.Popen(
-        [sys.executable, "-m", "services.worker.alone"], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT,
-        preexec_fn=tie_to_parent,
-    ) as process:  # fmt: skip
+    headers = {"authorization": f"Bearer {key}"}
+    with (
+        open(log, "wb") as out,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=ASK_TIMEOUT_S, headers=headers) as http,
+    ):
+        command = [sys.executable, "-m", "services.worker.alone"]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, preexec_fn=tie_to_parent
+        )
         try:
             _await(http, process, log, began)
             yield Engine(http, round(time.monotonic() - began, 1))
         finally:
             process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _await(http: httpx.Client, process: subprocess.Popen[bytes], log: Path, began: float) -> None:
@@ -94,21 +103,34 @@ def logprobs(engine: Engine, ids: Sequence[int]) -> list[dict[int, float]]:
 
 def greedy(engine: Engine, ids: Sequence[int]) -> list[int]:
     """The tokens it goes on with."""
-    asked = {"model": NAME, "prompt": list(ids), "max_tokens": ANSWER_TOKENS, "temperature": 0, "return_token_ids": True}
-    found: list[int] = engine.http.post("/v1/completions", json=asked).raise_for_status().json()["choices"][0]["token_ids"]
+    asked = {
+        "model": NAME,
+        "prompt": list(ids),
+        "max_tokens": ANSWER_TOKENS,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
+    found: list[int] = (
+        engine.http.post("/v1/completions", json=asked).raise_for_status().json()["choices"][0]["token_ids"]
+    )
     return found
 
 
 def tokens_per_s(engine: Engine, concurrent: int) -> float:
-    """Of so many clients, one answer each, all of one length: the median of SPEED_ROUNDS."""
+    """The median of SPEED_ROUNDS, after one to warm up."""
+    return round(statistics.median([one_round(engine, concurrent) for _ in range(SPEED_ROUNDS + 1)][1:]), 1)
+
+
+def one_round(engine: Engine, concurrent: int) -> float:
+    """Tokens a second of so many clients, one answer each, all of one length."""
+
     def ask(number: int) -> int:
         prompt = f"{number} {time.monotonic_ns()} {SPEED_PROMPT * 4}"
         asked = {"model": NAME, "prompt": prompt, "max_tokens": SPEED_TOKENS, "ignore_eos": True, "temperature": 0}
-        return int(engine.http.post("/v1/completions", json=asked).raise_for_status().json()["usage"]["completion_tokens"])
+        return int(
+            engine.http.post("/v1/completions", json=asked).raise_for_status().json()["usage"]["completion_tokens"]
+        )
 
-    rates = []
-    for _ in range(SPEED_ROUNDS + 1):  # the first warms up
-        began = time.monotonic()
-        with ThreadPoolExecutor(concurrent) as pool:
-            rates.append(sum(pool.map(ask, range(concurrent))) / (time.monotonic() - began))
-    return round(statistics.median(rates[1:]), 1)
+    began = time.monotonic()
+    with ThreadPoolExecutor(concurrent) as pool:
+        return sum(pool.map(ask, range(concurrent))) / (time.monotonic() - began)

@@ -1,15 +1,17 @@
 """What a quantised checkpoint lost and gained, both served by the same engine.
 
-    perplexity         exp(mean nats a token) on texts that were not calibrated with
-    kl_nats            Kullback-Leibler divergence of next-token distributions, the original's from the quantised one's:
-                       over the tokens that are among the 20 likeliest of both, and all others as one. Putting others
-                       together can only lower it, so it is at least so much.
-    top1_agreement     share of positions at which both find the same token the likeliest
-    same_answers       share of greedy answers that are the same, token for token
+perplexity         exp(mean nats a token) on texts that were not calibrated with
+kl_nats            Kullback-Leibler divergence of next-token distributions, the original's from the quantised one's:
+                   over the tokens that are among the 20 likeliest of both, and all others as one. Putting others
+                   together can only lower it, so it is at least so much.
+top1_agreement     share of positions at which both find the same token the likeliest
+same_answers       share of greedy answers that are the same, token for token
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ import msgspec
 
 from common import checkpoint
 from services.tools.quantize import engine
-from services.tools.quantize.engine import Engine
 
 ROWS, TOKENS = 40, 512
 ANSWERS = 16
+AT_ONCE = 8
 CONCURRENT = (1, 16)
 LEAST_PROBABILITY = 1e-12
 Places = list[dict[int, float]]
@@ -62,25 +64,30 @@ class Seen(msgspec.Struct):
 
 
 def look(
-    model: str, revision: str, rows: Sequence[dict[str, Any]], accelerator: str, log: Path, tell: Callable[[str, float], None],
+    model: str,
+    revision: str,
+    rows: Sequence[dict[str, Any]],
+    accelerator: str,
+    log: Path,
+    tell: Callable[[str, float], None],
     ids: list[list[int]] | None = None,
-) -> Seen:  # fmt: skip
+) -> Seen:
     """Serve a checkpoint and ask it. `ids`: the other one's tokens. `tell(what, share)` hears how far it is.
 
     Raises UserError when it does not start, httpx.HTTPError when it stops answering.
     """
     tell("starting", 0.0)
     with engine.alone(model, revision, accelerator, log) as one:
-        ids = ids or [found for row in rows[:ROWS] if len(found := engine.tokens(one, row, TOKENS)) > 1]
-        places = []
-        for at, text in enumerate(ids):
-            tell("perplexity", 0.1 + 0.5 * at / len(ids))
-            places.append(engine.logprobs(one, text))
-        answers = []
-        for at, text in enumerate(ids[:ANSWERS]):
-            tell("greedy answers", 0.6 + 0.2 * at / ANSWERS)
-            answers.append(engine.greedy(one, text[: max(1, len(text) // 2)]))
-        speeds = {}
+        ids = ids or [said for row in rows[:ROWS] if len(said := engine.tokens(one, row, TOKENS)) > 1]
+        places, answers, speeds = [], [], {}
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for at, found in enumerate(pool.map(partial(engine.logprobs, one), ids)):
+                places.append(found)
+                tell("perplexity", 0.1 + 0.5 * at / len(ids))
+            halves = [text[: max(1, len(text) // 2)] for text in ids[:ANSWERS]]
+            for at, answer in enumerate(pool.map(partial(engine.greedy, one), halves)):
+                answers.append(answer)
+                tell("greedy answers", 0.6 + 0.2 * at / len(halves))
         for concurrent in CONCURRENT:
             tell(f"tokens/s at {concurrent}", 0.8 if concurrent == CONCURRENT[0] else 0.9)
             speeds[str(concurrent)] = engine.tokens_per_s(one, concurrent)
@@ -90,22 +97,30 @@ def look(
 
 def perplexity(ids: Sequence[Sequence[int]], places: Sequence[Places]) -> float:
     """exp of the mean nats of the tokens that are there."""
-    nats = [-place[token] for text, found in zip(ids, places, strict=True)
-            for token, place in zip(text[1:], found, strict=True)]  # fmt: skip
+    nats = [
+        -place[token]
+        for text, found in zip(ids, places, strict=True)
+        for token, place in zip(text[1:], found, strict=True)
+    ]
     return math.exp(sum(nats) / len(nats))
 
 
 def judge(original: Seen, quantised: Seen) -> Verdict:
     """The difference."""
-    both = [(p, q) for ours, theirs in zip(original.places, quantised.places, strict=True)
-            for p, q in zip(ours, theirs, strict=True)]  # fmt: skip
+    both = [
+        (p, q)
+        for ours, theirs in zip(original.places, quantised.places, strict=True)
+        for p, q in zip(ours, theirs, strict=True)
+    ]
     same = sum(a == b for a, b in zip(original.answers, quantised.answers, strict=True))
     return Verdict(
-        original.served, quantised.served,
+        original.served,
+        quantised.served,
         kl_nats=round(sum(divergence(p, q) for p, q in both) / len(both), 5),
         top1_agreement=round(sum(likeliest(p) == likeliest(q) for p, q in both) / len(both), 4),
-        same_answers=round(same / len(original.answers), 4), measured_tokens=len(both),
-    )  # fmt: skip
+        same_answers=round(same / len(original.answers), 4),
+        measured_tokens=len(both),
+    )
 
 
 def divergence(p: Mapping[int, float], q: Mapping[int, float]) -> float:

@@ -9,7 +9,9 @@ import yaml
 from common.files import write_whole
 from services.local import catalog
 
-HEAD = "# What this stack serves. Made by `make quantize`; examples/models.yaml shows what else can stand here.\nmodels:\n"
+HEAD = (
+    "# What this stack serves. Made by `make quantize`; examples/models.yaml shows what else can stand here.\nmodels:\n"
+)
 
 
 def register(path: Path, name: str, folder: Path, original: Mapping[str, str]) -> bool:

@@ -36,8 +36,11 @@ def owned(data: Path) -> list[dict[str, Any]]:
 
 def documents() -> list[dict[str, Any]]:
     """README and docs, in pieces that end with a paragraph."""
-    return [{"text": piece} for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-            for piece in pieces(path.read_text().split("\n\n"))]  # fmt: skip
+    return [
+        {"text": piece}
+        for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+        for piece in pieces(path.read_text().split("\n\n"))
+    ]
 
 
 def pieces(paragraphs: Sequence[str]) -> list[str]:

@@ -60,7 +60,8 @@ class Fronted(Served):
         return found
 
     def _model(self, entry: Entry, name: str) -> Model:
-        return Model(name, self._settings.max_model_len or entry.longest, entry.created, entry.parent, format=entry.format)
+        longest = self._settings.max_model_len or entry.longest
+        return Model(name, longest, entry.created, entry.parent, format=entry.format)
 
     async def load(self) -> Load:
         found = await super().load()

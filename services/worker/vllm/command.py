@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common import checkpoint, gpus
 from common.sizing import cards, memory
+from services.worker import profiling
 from services.worker.settings import WorkerSettings
 from services.worker.vllm import family, serve
 
@@ -85,6 +86,8 @@ def bare(settings: WorkerSettings) -> list[str]:
         args += adapters(settings)
     if settings.kv_tier == "redis" and decoder:
         args += kv_tier(settings)
+    if settings.profile_dir is not None:
+        args += profiling.arguments(settings.profile_dir)
     return args + settings.extra_args
 
 

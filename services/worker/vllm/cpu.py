@@ -1,4 +1,7 @@
-"""vLLM's CPU worker (`--worker-cls`): nothing compiles lazily, fused norms, LoRA per adapter. No vLLM file is changed."""
+"""vLLM's CPU worker (`--worker-cls`): nothing compiles lazily, norms are one kernel, LoRA per adapter.
+
+No vLLM file is changed.
+"""
 
 import os
 import sys
@@ -36,7 +39,7 @@ def pin() -> None:
 
 
 def put_adapters_right() -> None:
-    """LoRA per adapter, on W8A8 layers too: vLLM asks a layer's weight where it lies, and oneDNN has packed that away."""
+    """LoRA per adapter, on W8A8 layers too: vLLM asks a layer's weight where it lies; oneDNN has packed that away."""
     base_linear._get_lora_device = fused_moe._get_lora_device = lambda layer: torch.device("cpu")
     current_platform.get_punica_wrapper = lambda: "services.worker.vllm.punica.GroupedPunica"
 

@@ -23,7 +23,7 @@ def rms_norm(
     weight = layer.weight.data
     plain = layer.has_weight and layer.variance_size_override is None and weight.dtype == x.dtype
     if not plain or not x.is_contiguous():
-        return layer.forward_native(x, residual)  # type: ignore[no-any-return]  # untyped
+        return layer.forward_native(x, residual)
     if residual is None:
         out = torch.empty_like(x)
         torch.ops._C.rms_norm(out, x, weight, layer.variance_epsilon)

@@ -18,7 +18,7 @@ LOADED = ("LD_PRELOAD", "OMP_NUM_THREADS", "GOMP_CPU_AFFINITY")
 """Read by OpenMP as it is loaded, and by vLLM at other times, to whom it means something else."""
 EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """The model in the scheduler's own process. In one beside it, the scheduler spins until the step is done, on a core
-that the step needs. vLLM turns `uni` into that other one on a CPU, for OpenMP's sake; here OpenMP knows all beforehand."""
+that the step needs. vLLM makes the other one of `uni` on a CPU, for OpenMP's sake; here OpenMP knows all beforehand."""
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 

@@ -1,0 +1,1 @@
+"""`make compare`: the same load against several engines, side by side."""

@@ -1,0 +1,1 @@
+"""`make profile`: where the time of an engine's steps goes."""
