@@ -130,7 +130,7 @@ def in_turns(sides: dict[str, tuple[Path, dict[str, str]]], concurrent: tuple[in
     """Tokens/s of the second side ÷ the first's, by how many ask at once: medians of rounds that take turns."""
     found = {}
     with contextlib.ExitStack() as running, tempfile.TemporaryDirectory() as logs:
-        up = {name: running.enter_context(engine.alone(str(model), "", "cpu", Path(logs) / name, **told))
+        up = {name: running.enter_context(engine.alone({"MODEL": str(model), "MODEL_REVISION": "", **told}, cuda=False, log=Path(logs) / name))
               for name, (model, told) in sides.items()}
         for at in concurrent:
             rates: dict[str, list[float]] = {name: [] for name in up}

@@ -18,7 +18,7 @@ run ruff "$bin/ruff" check .
 run mypy "$bin/mypy" --strict common gateway services monitoring bench
 run "import contracts" quietly "$bin/lint-imports" --no-cache
 run "sizes: files over 300 lines, functions over 50, and why" "$bin/python" -m tests.sizes
-run shellcheck "$bin/shellcheck" services/base/make.sh services/worker/install-cpu.sh services/worker/install-cuda.sh services/local/install.sh services/local/compose.sh \
+run shellcheck "$bin/shellcheck" services/base/make.sh services/worker/install-cpu.sh services/worker/install-cuda.sh services/local/install.sh services/local/compose.sh services/tools/quantize/install.sh \
     nginx/entrypoint.sh nginx/pool.sh services/redis/start.sh monitoring/alertmanager/start.sh tests/check.sh .ci/run .ci/docker.sh
 run "nginx: gixy and nginx -t" "$bin/python" -m tests.lint_nginx
 if command -v docker >/dev/null && docker compose version >/dev/null 2>&1; then

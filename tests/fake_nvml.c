@@ -77,6 +77,17 @@ int nvmlDeviceGetMemoryInfo(void *handle, u64 *memory) {
     memory[1] = memory[0] - memory[2];
     return OK;
 }
+struct memory { u32 version; u64 total, reserved, free, used; };
+int nvmlDeviceGetMemoryInfo_v2(void *handle, struct memory *memory) {
+    u64 plain[3];
+    int said = nvmlDeviceGetMemoryInfo(handle, plain);
+    if (said) return said;
+    memory->total = plain[0];
+    memory->reserved = of("mem_reserved", (long)handle, 0);
+    memory->free = plain[1];
+    memory->used = plain[2] - memory->reserved; /* version 1 counts what the driver keeps as used */
+    return OK;
+}
 #define NUMBER(call, type, name, otherwise) \
     int call(void *handle, type *out) { BEGIN; *out = (type)of(name, (long)handle, otherwise); return OK; }
 NUMBER(nvmlDeviceGetPowerUsage, u32, "power", 250000)

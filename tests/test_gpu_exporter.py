@@ -60,6 +60,12 @@ def exporter(tmp_path: Path, library: Path) -> Iterator[Exporter]:
     made.process.wait()
 
 
+def test_memory_that_the_driver_keeps_is_not_in_use(exporter: Exporter) -> None:
+    """An empty H100 showed 480 MiB in use, beside nvidia-smi's none."""
+    exporter.set(mem_used0=500 << 20, mem_reserved0=480 << 20)
+    wait_for(lambda: exporter.value("gpu_memory_used_bytes", gpu="0", mig="") == 20 << 20, "what is in use")
+
+
 def test_units_are_base_units(exporter: Exporter) -> None:
     exporter.set(util0=57, power0=250_500, clock0=1200, violation_1_0=5_000_000_000, reasons0=8, energy0=7_200_000)
     wait_for(lambda: exporter.value("gpu_utilization_ratio", gpu="0") == 0.57, "0.57")

@@ -50,6 +50,14 @@ class GpuLost(Exception):
     """One GPU does not answer any more; the others may."""
 
 
+def memory_info(handle: Handle) -> Any:
+    """As nvidia-smi counts: what the driver keeps for itself is not in use. Older drivers count it as that."""
+    try:
+        return n.nvmlDeviceGetMemoryInfo(handle, n.nvmlMemory_v2)
+    except (n.NVMLError_FunctionNotFound, n.NVMLError_ArgumentVersionMismatch):
+        return n.nvmlDeviceGetMemoryInfo(handle)
+
+
 class Nvml:
     """NVML, opened and closed as often as need be. `open` raises Unreachable without a driver or a library.
 
@@ -135,7 +143,7 @@ class Nvml:
 
     def _memory(self, found: Snapshot, gpu: str, mig: str, handle: Handle) -> None:
         """Of a GPU (`mig` empty) or of one of its MIG devices."""
-        memory = self._try("memory", n.nvmlDeviceGetMemoryInfo, handle)
+        memory = self._try("memory", memory_info, handle)
         if memory is not None:
             found.gauge("gpu_memory_used_bytes", "Memory in use; `mig` names a part of the GPU.", memory.used,
                         gpu=gpu, mig=mig)

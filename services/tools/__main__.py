@@ -37,7 +37,7 @@ def quantize(
     most_loss: Annotated[float, typer.Option(envvar="MAX_PERPLEXITY_LOSS", min=0, help="0.05: five percent.")] = 0.05,
 ) -> None:
     """Make a smaller copy of a model, measure what it lost and gained, and enter it in models.yaml."""
-    quantizing.main(model, method, data, most_loss)
+    quantizing.quantize(model, method.strip().lower(), data, most_loss, Console())
 
 
 @app.command("profile")

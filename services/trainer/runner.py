@@ -108,6 +108,10 @@ class Runner:
         if folder.run.exists():  # trained already; a crash came before it was published
             return dict(json.loads(folder.run.read_text())["result"])
         base, revision = checkpoint.original(self._settings.model, self._settings.model_revision)
+        if base != self._settings.model and not checkpoint.config(base, revision):
+            text = f"The base {self._job.model} was quantised from {base}, which is not here: it is what a run trains."
+            self._end("failed", error={"code": "base_quantized", "param": "model", "message": text})
+            return None
         if checkpoint.config(base, revision).get("quantization_config"):
             method = checkpoint.format_name(base, revision)
             text = f"The base {self._job.model} is {method}: a LoRA run needs its weights in 16 bits."

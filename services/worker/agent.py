@@ -209,12 +209,12 @@ class Agent:
             return
         while True:
             await self._first(self._serve(), self._profiler.wished())
-            self.heart.beat.held = "a profile"
+            await self._first(self._watch(), self._drain("draining", self._settings.drain_timeout_s))
+            self.heart.profiled = True
             try:
-                await self._first(self._watch(), self._drain("draining", self._settings.drain_timeout_s))
                 await self._first(self.heart.rest("draining"), self._profiler.run())
             finally:
-                self.heart.beat.held = ""
+                self.heart.profiled, self.heart.beat.held = False, ""  # whose place it is, is said again in a second
 
     async def _serve(self) -> None:
         """Heartbeats, and adapters beside them, until somebody ends it."""

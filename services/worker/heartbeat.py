@@ -37,6 +37,8 @@ class Heart:
         )
         self.reading = 0
         """Clients for whom the engine must stay, though it has nothing to do for them."""
+        self.profiled = False
+        """Whether the engine works for nobody outside, under a profiler."""
         self.alive_file: Path | None = None
         self.on_demand = False
         self._steps: float | None = -1.0
@@ -67,8 +69,8 @@ class Heart:
 
     @property
     def busy(self) -> bool:
-        """Whether somebody is served."""
-        return self.beat.in_flight + self.reading > 0
+        """Whether somebody is served, or the engine profiled."""
+        return self.beat.in_flight + self.reading > 0 or self.profiled
 
     @property
     def idle_s(self) -> float:
@@ -129,6 +131,8 @@ class Heart:
         if self.alive_file is not None and self._is_well(state, self.alive_file):
             with contextlib.suppress(OSError):  # a full disk makes a check fail, and ends nothing
                 self.alive_file.touch()
+        if self.profiled:
+            self.beat.held = "a profile"
         if state != self.beat.state:
             logger.info("worker state", worker=self.beat.id, was=self.beat.state, now=state)
             self.beat.state = state
@@ -167,7 +171,7 @@ class Heart:
 
     def _is_well(self, state: State, alive: Path) -> bool:
         """Whether a health check may pass: it answers, or sleeps and wakes by right, or did answer before it slept."""
-        rests = state in ("asleep", "waking") or (state == "draining" and bool(self.beat.held))
+        rests = state in ("asleep", "waking") or (state == "draining" and self.profiled)
         return state == "ready" or (rests and (self.on_demand or bool(self.beat.held) or alive.exists()))
 
     async def forget(self) -> None:

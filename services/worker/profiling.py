@@ -10,10 +10,12 @@ Each profile replaces the one before it.
 import argparse
 import asyncio
 import contextlib
+import fcntl
 import json
+import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +24,7 @@ import msgspec
 from loguru import logger
 
 from common.files import write_whole
+from common.tasks import end_tasks
 from services.worker.settings import WorkerSettings
 
 STEPS = 20
@@ -30,6 +33,8 @@ MAX_BYTES = 64 * 2**20
 """Of a trace; a larger one is thrown away."""
 FLAME_S = 5
 LOOK_EVERY_S = 1.0
+TAKEN_WITHIN_S = 30.0
+"""A wish that no worker took by then is forgotten."""
 PATIENCE_S = 300.0
 """For the engine's answers, and for the trace, which it writes while everything stands still."""
 WISH, RESULT, TRACE, FLAME = "wish.json", "result.json", "trace.json.gz", "flame.svg"
@@ -44,6 +49,10 @@ class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prompt_words: Annotated[int, msgspec.Meta(ge=1, le=4000)] = 64
     load: Literal["decode", "mixed"] = "decode"
     """decode: from when all prompts are read; mixed: from the first prompt on."""
+    id: str = ""
+    """By which whoever asks knows the answer."""
+    at: float = 0.0
+    """When it was wished, seconds since 1970."""
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -80,39 +89,45 @@ class Profiler:
         folder.mkdir(parents=True, exist_ok=True)
 
     async def wished(self) -> None:
-        """Until there is a wish. One that cannot be read is answered, and forgotten."""
+        """Until there is a wish. One that cannot be read is answered, one that nobody waits for forgotten."""
+        path = self._folder / WISH
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            path = self._folder / WISH
             try:
                 raw = path.read_bytes()
                 path.unlink()  # before anything is done: what kills the engine is not done again
-                self._wish = msgspec.json.decode(raw, type=Wish)
-                return
+                wish = msgspec.json.decode(raw, type=Wish)
             except FileNotFoundError:
                 continue
             except (OSError, msgspec.MsgspecError) as error:
                 self._say(Result(Wish(), error=f"{path}: {error}"))
+                continue
+            if time.time() - wish.at < TAKEN_WITHIN_S:
+                self._wish = wish
+                return
 
     async def run(self) -> None:
-        """Fulfil it. Raises nothing: what failed is said."""
+        """Fulfil it. What failed is said, and raises nothing; so is what was cut off."""
         wish, began = self._wish or Wish(), time.monotonic()
+        result = Result(wish, error="it was cut off: the worker stops, or others wait for its turn")
         try:
             async with httpx.AsyncClient(
                 base_url=f"http://127.0.0.1:{self._settings.engine_port}",
                 timeout=PATIENCE_S,
+                limits=httpx.Limits(max_connections=None),
                 headers={"authorization": f"Bearer {self._settings.worker_token}"},
             ) as http:
                 await self._trace(http, wish)
                 no_flame = await self._flame(http, wish)
-            flame = "" if no_flame else FLAME
-            result = Result(
-                wish, trace=TRACE, flame=flame, no_flame=no_flame, took_s=round(time.monotonic() - began, 1)
-            )
+            result = Result(wish, trace=TRACE, flame="" if no_flame else FLAME, no_flame=no_flame)
+        except httpx.HTTPStatusError as error:
+            result = Result(wish, error=f"{error}: {error.response.text[:300]}")
         except (httpx.HTTPError, OSError) as error:
             result = Result(wish, error=f"{type(error).__name__}: {error}")
-        logger.info("profiled", error=result.error, took_s=round(time.monotonic() - began, 1))
-        self._say(result)
+        finally:
+            took_s = round(time.monotonic() - began, 1)
+            logger.info("profiled", error=result.error, took_s=took_s)
+            self._say(msgspec.structs.replace(result, took_s=took_s))
 
     def _say(self, result: Result) -> None:
         with contextlib.suppress(OSError):  # a full disk: whoever waits gives up after a while
@@ -123,18 +138,18 @@ class Profiler:
         traces = self._folder / "traces"
         for old in traces.glob("*"):
             old.unlink()
-        await self._load(http, wish, 8)  # warm
-        if wish.load == "mixed":
-            (await http.post("/start_profile")).raise_for_status()
-        asking = asyncio.create_task(self._load(http, wish, 4 * STEPS))
-        try:
-            if wish.load == "decode":
-                await self._all_decode(http, asking)
-                (await http.post("/start_profile")).raise_for_status()
-            await asking
-        finally:
-            asking.cancel()
-        (await http.post("/stop_profile")).raise_for_status()
+        await self._load(http, wish, 4 * STEPS)  # warm; what the engine refuses, it refuses here
+        async with self._recording(http) as record:
+            if wish.load == "mixed":
+                await record()
+            asking = asyncio.create_task(self._load(http, wish, 4 * STEPS))
+            try:
+                if wish.load == "decode":
+                    await self._all_decode(http, wish, asking)
+                    await record()
+                await asking
+            finally:
+                await end_tasks([asking])
         found = max(traces.glob("*.json.gz"), key=lambda file: file.stat().st_size, default=None)
         if found is None:
             raise OSError("the engine wrote no trace")
@@ -145,8 +160,23 @@ class Profiler:
         for rest in traces.glob("*"):
             rest.unlink()
 
+    @contextlib.asynccontextmanager
+    async def _recording(self, http: httpx.AsyncClient) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        """Gives what starts the recording; then it is over, whatever happened: no client's step is recorded."""
+
+        async def start() -> None:
+            await http.post("/stop_profile")  # of one that was cut off; of none it says nothing
+            (await http.post("/start_profile")).raise_for_status()
+
+        try:
+            yield start
+        finally:
+            stopping = asyncio.ensure_future(http.post("/stop_profile"))
+            with contextlib.suppress(httpx.HTTPError):
+                await asyncio.shield(stopping)
+
     async def _load(self, http: httpx.AsyncClient, wish: Wish, tokens: int) -> None:
-        """Requests at once, of one length."""
+        """Requests at once, of one length. Raises httpx.HTTPError."""
         words = (WORDS * (1 + wish.prompt_words // 18)).split()[: wish.prompt_words]
 
         async def ask(number: int) -> None:
@@ -161,75 +191,77 @@ class Profiler:
 
         await asyncio.gather(*(ask(number) for number in range(wish.concurrent)))
 
-    async def _all_decode(self, http: httpx.AsyncClient, asking: asyncio.Task[None]) -> None:
-        """Until the engine has read every prompt, by its own numbers: it generates, and reads no more."""
-        before = -1.0
-        while not asking.done():
-            text = (await http.get("/metrics")).text
-            read, made = (
-                sum(
-                    float(line.split()[-1])
-                    for line in text.splitlines()
-                    if line.startswith(f"vllm:{name}_tokens_total")
-                )
-                for name in ("prompt", "generation")
-            )
-            if made and read == before:
-                return
-            before = read
-            await asyncio.sleep(0.1)
+    async def _all_decode(self, http: httpx.AsyncClient, wish: Wish, asking: asyncio.Task[None]) -> None:
+        """Until the engine has read every prompt, by its own count of those that it has read (or all have ended)."""
+        before = await self._first_tokens(http)
+        while not asking.done() and await self._first_tokens(http) < before + wish.concurrent:  # noqa: ASYNC110 - theirs
+            await asyncio.sleep(0.05)
+
+    async def _first_tokens(self, http: httpx.AsyncClient) -> float:
+        """Answers of which the engine has ever made a first token."""
+        text = (await http.get("/metrics")).text
+        name = "vllm:time_to_first_token_seconds_count"
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
     async def _flame(self, http: httpx.AsyncClient, wish: Wish) -> str:
         """Draw FLAME while it works; why not, if not."""
-        target = self._folder / FLAME
-        asking = asyncio.create_task(self._load(http, wish, 40 * STEPS))
+
+        async def work() -> None:
+            while True:
+                await self._load(http, wish, 4 * STEPS)
+
+        told = ["record", "--subprocesses", "--duration", str(FLAME_S), "--rate", "100"]
+        told += ["--output", str(self._folder / FLAME), "--pid", str(self._pid())]
         try:
             spy = await asyncio.create_subprocess_exec(
                 str(Path(sys.executable).parent / "py-spy"),
-                "record",
-                "--subprocesses",
-                "--duration",
-                str(FLAME_S),
-                "--rate",
-                "100",
-                "--output",
-                str(target),
-                "--pid",
-                str(self._pid()),
+                *told,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
             )
+        except OSError as error:
+            return f"py-spy does not start beside this worker: {error.strerror}"
+        asking = asyncio.create_task(work())
+        try:
             _, said = await asyncio.wait_for(spy.communicate(), FLAME_S + 60)
-            return (
-                ""
-                if spy.returncode == 0
-                else said.decode(errors="replace").strip()[-300:] or f"status {spy.returncode}"
-            )
-        except FileNotFoundError:
-            return "py-spy is not installed beside this worker"
+            if spy.returncode:
+                return said.decode(errors="replace").strip()[-300:] or f"py-spy ended with {spy.returncode}"
+            return "" if not asking.done() else "the engine stopped answering meanwhile"
         except TimeoutError:
-            spy.kill()
             return "py-spy did not end"
         finally:
+            if spy.returncode is None:
+                spy.kill()
             asking.cancel()  # what runs is given up: its client is gone
-            with contextlib.suppress(asyncio.CancelledError, httpx.HTTPError):
-                await asking
+            await asyncio.wait([asking])
 
 
 def ask(folder: Path, wish: Wish, patience_s: float = 900.0) -> Result:
-    """Wish for a profile, and wait for it. Raises TimeoutError when no agent takes it, or none is done with it."""
-    (folder / RESULT).unlink(missing_ok=True)
-    write_whole([msgspec.json.encode(wish)], folder / WISH)
-    deadline, taken_by = time.monotonic() + patience_s, time.monotonic() + 30 * LOOK_EVERY_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            return msgspec.json.decode((folder / RESULT).read_bytes(), type=Result)
-        if time.monotonic() > taken_by and (folder / WISH).exists():
+    """Wish for a profile, and wait for it.
+
+    Raises TimeoutError when no agent takes it, or none is done with it; OSError, also when somebody else waits.
+    """
+    wish = msgspec.structs.replace(wish, id=secrets.token_hex(8), at=time.time())
+    deadline = time.monotonic() + patience_s
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OSError(f"somebody else profiles this worker right now ({folder})") from error
+        write_whole([msgspec.json.encode(wish)], folder / WISH)
+        try:
+            while time.monotonic() < deadline:
+                with contextlib.suppress(FileNotFoundError):
+                    found = msgspec.json.decode((folder / RESULT).read_bytes(), type=Result)
+                    if found.wish.id == wish.id:
+                        return found
+                if time.time() - wish.at > TAKEN_WITHIN_S and (folder / WISH).exists():
+                    raise TimeoutError(f"no worker looks into {folder}: does it run, awake, with PROFILE_DIR set?")
+                time.sleep(0.2)
+            raise TimeoutError(f"no result in {folder} after {patience_s:.0f} s; the worker's log says why")
+        finally:
             (folder / WISH).unlink(missing_ok=True)
-            raise TimeoutError(f"no worker looks into {folder}: does it run, awake, with PROFILE_DIR set?")
-        time.sleep(0.2)
-    raise TimeoutError(f"no result in {folder} after {patience_s:.0f} s; the worker's log says why")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -53,7 +54,7 @@ def compare(recipe: Recipe, console: Console) -> Path:
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"\n{page}\n    open it in a browser", soft_wrap=True, highlight=False)
+    console.print(f"\n{page}\n    open it in a browser", soft_wrap=True, highlight=False, markup=False)
     return page
 
 
@@ -81,7 +82,7 @@ def measure(recipe: Recipe, sides: list[Endpoint], tokenizer: str, console: Cons
                 rows = load.prompts(recipe.lengths, load.requests(recipe, point), seed=number * len(points) + at)
                 first = number % len(sides)
                 for side in (*sides[first:], *sides[:first]):
-                    progress.update(task, description=f"round {number + 1}: {side.shown}, {point}")
+                    progress.update(task, description=escape(f"round {number + 1}: {side.shown}, {point}"))
                     rounds[side.shown, point].append(load.run(side, point, rows, recipe.slo, tokenizer, Path(folder)))
                     progress.advance(task)
     return [figures.of(side.shown, str(point), rounds[side.shown, point]) for point in points for side in sides]
@@ -96,7 +97,7 @@ def picture(found: list[Figures]) -> Table:
     for one in found:
         table.add_row(
             "" if one.load == last else one.load,
-            one.side,
+            escape(one.side),
             f"{one.tokens_per_s:.1f}",
             f"{one.goodput_per_s:.2f}",
             str(one.failed),
@@ -116,7 +117,7 @@ def _facts(side: Side, one: Endpoint, dials: Dials) -> dict[str, str]:
             entry = next((model for model in listed if model["id"] == one.model), None)
             status = http.get("/v1/status").json() if not side.url else {}
             version = http.get("/version") if side.url else None
-    except (httpx.HTTPError, ValueError, KeyError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
         raise UserError(f"{one.shown}: {one.base} does not answer ({type(error).__name__}). Is it running?") from error
     if entry is None:
         raise UserError(

@@ -65,8 +65,11 @@ def points(recipe: Recipe) -> list[Point]:
 
 
 def requests(recipe: Recipe, point: Point) -> int:
-    """How many are sent in a round."""
-    return max(recipe.requests, 2 * int(point.value)) if point.kind == "closed" else recipe.requests
+    """How many are sent in a round: few take long, one after the other; many at once need two each."""
+    if point.kind == "open":
+        return recipe.requests
+    at_once = int(point.value)
+    return max(2 * at_once, min(recipe.requests, 8 * at_once))
 
 
 def prompts(lengths: Lengths, count: int, seed: int) -> list[dict[str, object]]:

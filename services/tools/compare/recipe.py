@@ -55,7 +55,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     open: list[Annotated[float, Meta(gt=0, le=1000)]] = []
     """Requests a second, Poisson, whether answered or not."""
     requests: Annotated[int, Meta(ge=1, le=10_000)] = 32
-    """In a round, of each load; in a closed one at least two for each at once."""
+    """In a round, of each load; in a closed one between two and eight for each at once."""
     rounds: Annotated[int, Meta(ge=1, le=50)] = 3
     lengths: Lengths = Lengths()
     slo: Slo = Slo()
@@ -69,7 +69,7 @@ def read(path: Path, name: str) -> Recipe:
         found = msgspec.convert(yaml.safe_load(path.read_text()), dict[str, Recipe])
     except OSError as error:
         raise UserError(f"RECIPES={path}: {error.strerror}") from error
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise UserError(f"RECIPES={path}: {error}") from error
     if name not in found:
         raise UserError(f"RECIPE={name}: {path} has {', '.join(found)}.")

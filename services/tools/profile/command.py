@@ -37,7 +37,12 @@ def profile(worker: str, wish: Wish, force: bool, console: Console) -> Path:
         raise UserError(f"{chosen} could not be profiled: {result.error}")
     summary = show(folder / result.trace, console)
     write_whole([msgspec.json.format(msgspec.json.encode(summary))], folder / SUMMARY)
-    console.print(f"\n{folder / result.trace}\n    open it in https://ui.perfetto.dev", soft_wrap=True, highlight=False)
+    console.print(
+        f"\n{folder / result.trace}\n    open it in https://ui.perfetto.dev",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
     if result.flame:
         console.print(
             f"{folder / result.flame}\n    a flame graph of the engine's Python: open it in a browser", soft_wrap=True

@@ -13,6 +13,7 @@ import gzip
 import itertools
 import json
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -96,8 +97,9 @@ def read(path: Path) -> Summary:
     """The summary of a trace, .json or .json.gz. Raises Unreadable."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        events = [event for event in json.loads(data)["traceEvents"] if event.get("ph") == "X"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        found = [event for event in json.loads(data)["traceEvents"] if event.get("ph") == "X"]
+        events = [event for event in found if {"name", "tid", "ts", "dur"} <= event.keys()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error) as error:
         raise Unreadable(f"{path}: no trace of PyTorch's profiler ({type(error).__name__}: {error})") from error
     return summarise(events, str(path))
 

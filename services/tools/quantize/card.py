@@ -18,13 +18,14 @@ NAMES = {
 }
 
 
-def made(folder: Path, original: str, revision: str, method: str, how: dict[str, Any]) -> None:
+def made(folder: Path, original: str, revision: str, method: str, how: dict[str, Any], digest: str) -> None:
     """Say of what the weights were made, before anything is served."""
     said = {
         "original": original,
         "revision": revision,
         "method": method,
         "made": how,
+        "digest": digest,
         "at": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     write_whole([json.dumps(said, indent=1).encode() + b"\n"], folder / MADE)

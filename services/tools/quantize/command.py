@@ -1,46 +1,42 @@
 """The way from a model to a smaller one that serves: make, measure, refuse or register."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from common import checkpoint, formats
-from services.local import catalog
-from services.local import model as bundled
+from common import checkpoint
+from common.tie import tie_to_parent
+from services.local import places
+from services.local.catalog import Catalog, Entry
+from services.local.compose import FILE as FOR_CONTAINERS
 from services.local.errors import UserError
-from services.local.models import bring_models
 from services.local.plan import ROOT, Dials, models_path, read_dials
-from services.tools.quantize import card, gate, texts
+from services.local.running import only_one
+from services.tools.quantize import card, gate, source, texts
 from services.tools.quantize.gate import Verdict
 from services.tools.quantize.register import register
 
 METHODS = ("w8a8", "gptq", "awq")
 PYTHON = ROOT / ".venv-quantize/bin/python"
 """Where llm-compressor is installed: `make quantize` sees to it."""
+SCRIPT = Path(__file__).parent / "compress.py"
 NEEDS_TIMES = 3
 """Free disk, in sizes of the original: the copy, and what it is made in."""
-
-
-class Source(NamedTuple):
-    """What is quantised."""
-
-    name: str
-    said: str
-    """As models.yaml names it."""
-    model: str
-    """A folder, or a hub name."""
-    revision: str
 
 
 def quantize(model: str, method: str, data: Path | None, most_loss: float, console: Console) -> Path:
@@ -51,130 +47,143 @@ def quantize(model: str, method: str, data: Path | None, most_loss: float, conso
         )
     os.environ.pop("MODEL", None)  # here it does not say what is served
     dials = read_dials()
-    source = find(model, dials, console)
-    name = f"{source.name}-{method}"
-    target = dials.models / name
+    entry = source.find(model, dials)
+    target = dials.models / source.copy_name(entry, method)
+    copy = source.copy_of(entry, method, target)
     calibrated, measured = texts.split(data)
-    if not target.exists():
-        _room(source, dials.models)
-        _make(source, method, calibrated, target, console)
-    elif not (target / checkpoint.MADE).exists():
-        raise UserError(f"{target} is there already, and was not made by make quantize.")
-    verdict = _measured(source, target, measured, "cuda" if dials.gpus else "cpu", dials.state / "logs", console)
-    card.measured(target, verdict, name)
-    console.print(_picture(verdict, name))
+    with _alone(target, dials):
+        source.bring(entry, dials, console)
+        made = digest(entry, method, calibrated)
+        if not _is_made(target, made, entry, dials):
+            _room(entry, dials)
+            _make(entry, method, calibrated, target, made, dials, console)
+        verdict = _measured([entry, copy], measured, dials, console)
+    card.measured(target, verdict, copy.name)
+    console.print(_picture(verdict, copy.name))
     if verdict.loss > most_loss:
         raise UserError(
-            f"{name} lost {verdict.loss:.1%} of perplexity; MAX_PERPLEXITY_LOSS={most_loss:g} allows {most_loss:.1%}. "
-            f"It is not registered, and lies in {target}. Another METHOD, or your own questions as DATA, may lose less."
+            f"{copy.name} lost {verdict.loss:.1%} of perplexity; MAX_PERPLEXITY_LOSS={most_loss:g} allows "
+            f"{most_loss:.1%}. It is not registered, and lies in {target}. Another METHOD, or your own questions as "
+            "DATA, may lose less."
         )
     path = models_path()
-    new = register(path, name, target, {"name": source.name, "source": source.said})
+    new = register(path, copy, entry)
     console.print(
-        f"{target}: the checkpoint, its card README.md\n{path}: {'has' if new else 'had'} an entry {name!r}. "
+        f"{target}: the checkpoint, its card README.md\n{path}: {'has' if new else 'had'} an entry {copy.name!r}. "
         "Serve it: make up, or make apply while the stack runs",
         soft_wrap=True,
+        markup=False,
     )
+    if FOR_CONTAINERS.exists():
+        console.print("Containers see folders below MODELS_DIR alone: move it there, and change its source.")
     return target
 
 
-def find(model: str, dials: Dials, console: Console) -> Source:
-    """MODEL: a name in models.yaml, `bundled`, a folder, or a hub name. Raises UserError."""
-    model = model or catalog.BUNDLED
-    entry = next((e for e in dials.catalog.models if e.name == model and e.engine == "vllm"), None)
-    if entry is None and model != catalog.BUNDLED:
-        folder = Path(model).expanduser()
-        if (folder / "config.json").is_file():
-            found = Source(folder.resolve().name, str(folder.resolve()), str(folder.resolve()), "")
-        elif folder.is_absolute() or model.startswith((".", "~")) or "/" not in model:
-            names = ", ".join(e.name for e in dials.catalog.models)
-            raise UserError(
-                f"MODEL={model}: neither bundled, nor one of models.yaml's ({names}), nor a checkpoint folder."
-            )
-        else:
-            hub, _, revision = model.partition("@")
-            found = Source(hub.rpartition("/")[2].lower(), model, hub, revision)
-    else:
-        entry = entry or catalog.Entry(name=bundled.NAME)
-        dials.models.mkdir(parents=True, exist_ok=True)
-        with Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True) as progress:
-            bring_models(Dials(dials.state, catalog.Catalog(models=[entry])), progress)
-        found = Source(entry.name.replace("/", "-"), entry.source, entry.model(dials.models), entry.revision)
-    config = checkpoint.config(found.model, found.revision)
-    if config.get("quantization_config"):
-        raise UserError(f"MODEL={model} is {formats.of(config).name} already; quantise the original.")
-    return found
+@contextlib.contextmanager
+def _alone(target: Path, dials: Dials) -> Iterator[None]:
+    """Nobody else makes this copy; on a GPU no stack has its memory. Raises UserError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        lock = held.enter_context(open(target.with_name(f".{target.name}.lock"), "w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"Somebody else is quantising into {target} right now.") from error
+        if dials.gpus:  # the engines that measure want what a stack's engines have
+            held.enter_context(only_one(dials))
+        yield
 
 
-def _room(source: Source, place: Path) -> None:
+def digest(entry: Entry, method: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Of all that makes a copy what it is."""
+    said = [entry.source, method, rows, SCRIPT.read_text()]
+    return sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def _is_made(target: Path, made: str, entry: Entry, dials: Dials) -> bool:
+    """Whether the very same is there. Raises UserError when a copy of something else is."""
+    if not target.exists():
+        return False
+    if not (target / checkpoint.MADE).exists():
+        raise UserError(f"{target} is there already, and was not made by make quantize.")
+    said = json.loads((target / checkpoint.MADE).read_text())
+    if (said["original"], said["revision"]) != (entry.model(dials.models), entry.revision):
+        raise UserError(
+            f"{target} is a copy of {said['original']} {said['revision']}. Remove it, or name this one otherwise."
+        )
+    return bool(said.get("digest") == made)
+
+
+def _room(entry: Entry, dials: Dials) -> None:
     """Raise UserError when the disk cannot hold it."""
-    needed = NEEDS_TIMES * checkpoint.weights_bytes(source.model, source.revision)
-    place.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(place).free
+    needed = NEEDS_TIMES * checkpoint.weights_bytes(entry.model(dials.models), entry.revision)
+    free = shutil.disk_usage(dials.models).free
     if free < needed:
-        raise UserError(f"{place} has {free / 1e9:.1f} GB of free disk; {needed / 1e9:.1f} GB are needed.")
+        raise UserError(f"{dials.models} has {free / 1e9:.1f} GB of free disk; {needed / 1e9:.1f} GB are needed.")
 
 
-def _make(source: Source, method: str, rows: list[dict[str, Any]], target: Path, console: Console) -> None:
-    """Run llm-compressor, its own bars in the terminal. Raises UserError."""
+def _make(
+    entry: Entry, method: str, rows: list[dict[str, Any]], target: Path, made: str, dials: Dials, console: Console
+) -> None:
+    """Run llm-compressor, its own bars in the terminal; the folder is there when all of it is. Raises UserError."""
     if not PYTHON.exists():
         raise UserError("llm-compressor is not installed: make quantize installs it (.venv-quantize).")
-    console.print(f"quantising {source.name}: {card.NAMES[method]}, calibrated with {len(rows)} texts")
-    for left in (target, target.with_name(target.name + ".partial")):
-        shutil.rmtree(left, ignore_errors=True)
-    making = target.with_name(target.name + ".made")
-    shutil.rmtree(making, ignore_errors=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as calibration:
-        calibration.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        calibration.flush()
-        script = Path(__file__).parent / "compress.py"
+    console.print(f"quantising {entry.name}: {card.NAMES[method]}, calibrated with {len(rows)} texts", markup=False)
+    model = entry.model(dials.models)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as making:
+        calibration, out = Path(making) / "calibration.jsonl", Path(making) / "made"
+        calibration.write_text("".join(json.dumps(row) + "\n" for row in rows))
         ran = subprocess.run(
-            [PYTHON, script, method, source.model, source.revision, calibration.name, making],
+            [PYTHON, SCRIPT, method, model, entry.revision, calibration, out],
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
             env=os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore"},
             check=False,
+            preexec_fn=tie_to_parent,
         )
-    if ran.returncode:
-        raise UserError(f"{source.name} could not be quantised by {method}; see above.")
-    how: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
-    card.made(making, source.model, source.revision, method, how)
-    for extra in ("generation_config.json", "chat_template.jinja"):
-        beside = Path(source.model) / extra
-        if beside.is_file() and not (making / extra).exists():
-            shutil.copyfile(beside, making / extra)
-    making.rename(target)
+        if ran.returncode:
+            raise UserError(f"{entry.name} could not be quantised by {method}; see above.")
+        how: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
+        card.made(out, model, entry.revision, method, how, made)
+        for extra in ("generation_config.json", "chat_template.jinja"):
+            beside = Path(model) / extra
+            if beside.is_file() and not (out / extra).exists():
+                shutil.copyfile(beside, out / extra)
+        shutil.rmtree(target, ignore_errors=True)  # one of other texts
+        out.rename(target)
 
 
-def _measured(
-    source: Source, target: Path, rows: list[dict[str, Any]], accelerator: str, logs: Path, console: Console
-) -> Verdict:
+def _measured(entries: Sequence[Entry], rows: list[dict[str, Any]], dials: Dials, console: Console) -> Verdict:
     """The gate. Raises UserError."""
+    logs = dials.state / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    seen: list[gate.Seen] = []
     with Progress(*columns, console=console) as progress:
-        seen: list[gate.Seen] = []
-        for what, model, revision in (("original", source.model, source.revision), ("quantised", str(target), "")):
-            task = progress.add_task(what, total=1.0)
-
-            def tell(stage: str, share: float, task: Any = task, what: str = what) -> None:
-                progress.update(task, completed=share, description=f"{what}: {stage}")
-
-            log = logs / f"quantize-{what}.log"
+        for what, entry in zip(("original", "quantised"), entries, strict=True):
+            task, log = progress.add_task(what, total=1.0), logs / f"quantize-{what}.log"
+            tell = partial(_tell, progress, task, what)
+            place = places.deal(Catalog(models=[entry]), dials.gpus)[entry.slug][0]
+            told = places.environment(entry, dials.models, place, awake=1) | {"MAX_LORAS": "0"}
             try:
-                seen.append(gate.look(model, revision, rows, accelerator, log, tell, seen[0].ids if seen else None))
+                seen.append(gate.look(told, bool(dials.gpus), rows, log, tell, seen[0].ids if seen else None))
+            except httpx.HTTPStatusError as error:
+                raise UserError(f"The {what} model's engine refuses: {error.response.text[:300]}") from error
             except httpx.HTTPError as error:
-                raise UserError(
-                    f"The {what} model's engine stopped answering ({type(error).__name__}); see {log}."
-                ) from error
+                name = type(error).__name__
+                raise UserError(f"The {what} model's engine stopped answering ({name}); see {log}.") from error
             progress.update(task, completed=1.0, description=what)
     return gate.judge(*seen)
 
 
+def _tell(progress: Progress, task: TaskID, what: str, stage: str, share: float) -> None:
+    progress.update(task, completed=share, description=f"{what}: {stage}")
+
+
 def _picture(verdict: Verdict, name: str) -> Table:
     was, now = verdict.original, verdict.quantised
-    table = Table("", "original", name, "")
+    table = Table("", "original", escape(name), "")
     table.add_row("perplexity", f"{was.perplexity:.2f}", f"{now.perplexity:.2f}", f"{verdict.loss:+.1%}")
     table.add_row(
         "weights, MB",
@@ -190,10 +199,3 @@ def _picture(verdict: Verdict, name: str) -> Table:
     table.add_row("same likeliest token", "", f"{verdict.top1_agreement:.1%}", "")
     table.add_row("same greedy answers", "", f"{verdict.same_answers:.0%}", "")
     return table
-
-
-def main(model: str, method: str, data: Path | None, most_loss: float) -> None:
-    """The command."""
-    with contextlib.suppress(BrokenPipeError):
-        quantize(model, method.strip().lower(), data, most_loss, Console(highlight=False))
-        sys.stdout.flush()

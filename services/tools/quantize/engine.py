@@ -3,12 +3,13 @@
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import httpx
 from common.tie import tie_to_parent
 from services.local.errors import UserError
 from services.local.plan import ROOT
+from services.worker.settings import WorkerSettings
 
 NAME = "measured"
 START_TIMEOUT_S = 1800.0
@@ -40,18 +42,20 @@ class Engine(NamedTuple):
 
 
 @contextlib.contextmanager
-def alone(model: str, revision: str, accelerator: str, log: Path, **told: str) -> Iterator[Engine]:
-    """Start it, `told` further variables of a worker, and end it afterwards.
+def alone(told: Mapping[str, str], *, cuda: bool, log: Path) -> Iterator[Engine]:
+    """Start it as a worker that is told so (`places.environment`), and end it afterwards.
 
-    Raises UserError with the end of its log when it does not come up.
+    What the shell says to workers is not meant for this one. Raises UserError with the end of its log when it does not
+    come up.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     key = secrets.token_urlsafe(24)
-    ours = {"MODEL": model, "MODEL_REVISION": revision, "SERVED_MODEL_NAME": NAME, "ACCELERATOR": accelerator}
-    ours |= {"ENGINE": "vllm", "ENGINE_PORT": str(port), "KV_TIER": "off", "VLLM_API_KEY": key, "PYTHONPATH": str(ROOT)}
-    env = {name: value for name, value in os.environ.items() if name != "ADAPTERS_DIR"} | ours | told
+    ours = {"SERVED_MODEL_NAME": NAME, "ACCELERATOR": "cuda" if cuda else "cpu", "ENGINE_PORT": str(port)}
+    ours |= {"VLLM_API_KEY": key, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    names = {name.upper() for name in WorkerSettings.model_fields}
+    env = {name: value for name, value in os.environ.items() if name not in names} | dict(told) | ours
     began = time.monotonic()
     headers = {"authorization": f"Bearer {key}"}
     with (
@@ -60,17 +64,18 @@ def alone(model: str, revision: str, accelerator: str, log: Path, **told: str) -
     ):
         command = [sys.executable, "-m", "services.worker.alone"]
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, preexec_fn=tie_to_parent
+            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, preexec_fn=tie_to_parent, process_group=0
         )
         try:
             _await(http, process, log, began)
             yield Engine(http, round(time.monotonic() - began, 1))
         finally:
             process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            with contextlib.suppress(ProcessLookupError):  # its own children, should any be left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _await(http: httpx.Client, process: subprocess.Popen[bytes], log: Path, began: float) -> None:
@@ -83,6 +88,11 @@ def _await(http: httpx.Client, process: subprocess.Popen[bytes], log: Path, bega
         time.sleep(0.2)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
     raise UserError(f"The engine did not start (status {process.poll()}). The end of {log}:\n{tail}")
+
+
+def longest(engine: Engine) -> int:
+    """Tokens in its longest sequence."""
+    return int(engine.http.get("/v1/models").raise_for_status().json()["data"][0]["max_model_len"])
 
 
 def tokens(engine: Engine, row: dict[str, Any], limit: int) -> list[int]:

@@ -64,21 +64,22 @@ class Seen(msgspec.Struct):
 
 
 def look(
-    model: str,
-    revision: str,
+    told: Mapping[str, str],
+    cuda: bool,
     rows: Sequence[dict[str, Any]],
-    accelerator: str,
     log: Path,
     tell: Callable[[str, float], None],
     ids: list[list[int]] | None = None,
 ) -> Seen:
-    """Serve a checkpoint and ask it. `ids`: the other one's tokens. `tell(what, share)` hears how far it is.
+    """Serve a checkpoint and ask it. `told`: a worker's environment; `ids`: the other one's tokens.
 
-    Raises UserError when it does not start, httpx.HTTPError when it stops answering.
+    `tell(what, share)` hears how far it is. Raises UserError when it does not start, httpx.HTTPError when it stops
+    answering.
     """
     tell("starting", 0.0)
-    with engine.alone(model, revision, accelerator, log) as one:
-        ids = ids or [said for row in rows[:ROWS] if len(said := engine.tokens(one, row, TOKENS)) > 1]
+    with engine.alone(told, cuda=cuda, log=log) as one:
+        limit = min(TOKENS, engine.longest(one) - engine.ANSWER_TOKENS)
+        ids = ids or [said for row in rows[:ROWS] if len(said := engine.tokens(one, row, limit)) > 1]
         places, answers, speeds = [], [], {}
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for at, found in enumerate(pool.map(partial(engine.logprobs, one), ids)):
@@ -91,7 +92,7 @@ def look(
         for concurrent in CONCURRENT:
             tell(f"tokens/s at {concurrent}", 0.8 if concurrent == CONCURRENT[0] else 0.9)
             speeds[str(concurrent)] = engine.tokens_per_s(one, concurrent)
-        size = checkpoint.weights_bytes(model, revision)
+        size = checkpoint.weights_bytes(told["MODEL"], told["MODEL_REVISION"])
         return Seen(Served(round(perplexity(ids, places), 3), size, one.load_s, speeds), ids, places, answers)
 
 

@@ -1,35 +1,48 @@
 """An entry more in models.yaml, its owner's lines and comments as they are."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import yaml
 
 from common.files import write_whole
 from services.local import catalog
+from services.local.catalog import Entry
 
-HEAD = (
-    "# What this stack serves. Made by `make quantize`; examples/models.yaml shows what else can stand here.\nmodels:\n"
-)
+HEAD = "# What this stack serves. Made by `make quantize`; more can stand here: examples/models.yaml.\nmodels:\n"
 
 
-def register(path: Path, name: str, folder: Path, original: Mapping[str, str]) -> bool:
-    """Add the folder as a model called `name`; where no models.yaml is, make one with the `original` before it.
+def register(path: Path, new: Entry, original: Entry) -> bool:
+    """Add an entry; where no models.yaml is, make one with the `original` before it.
 
-    Returns False when there is such an entry already. Raises UserError when the file is wrong.
+    Returns False when there is such an entry already. Raises UserError when the file is wrong, or would be; then it is
+    as it was.
     """
-    added = f"- {{name: {json.dumps(name)}, source: {json.dumps(str(folder))}, adapters: false}}"
     if not path.exists():
-        first = "- {" + ", ".join(f"{field}: {json.dumps(value)}" for field, value in original.items()) + "}"
-        write_whole([f"{HEAD}  {first}\n  {added}\n".encode()], path)
-        return True
-    if any(entry.name == name and entry.engine == "vllm" for entry in catalog.read(path).models):
+        text = f"{HEAD}  - {shown(original)}\n  - {shown(new)}\n"
+    elif any(entry.name == new.name and entry.engine == "vllm" for entry in catalog.read(path).models):
         return False
-    text = path.read_text()
-    write_whole([inserted(text, added).encode()], path)
-    catalog.read(path)
+    else:
+        text = inserted(path.read_text(), f"- {shown(new)}")
+    whole = path.resolve()  # a link stays one
+    tried = whole.with_name(f".{whole.name}.tried")
+    try:
+        tried.write_text(text)
+        catalog.read(tried)
+    finally:
+        tried.unlink(missing_ok=True)
+    mode = whole.stat().st_mode & 0o777 if whole.exists() else None
+    write_whole([text.encode()], whole)
+    if mode is not None:
+        whole.chmod(mode)
     return True
+
+
+def shown(entry: Entry) -> str:
+    """An entry on one line."""
+    fields = msgspec.to_builtins(entry)
+    return "{" + ", ".join(f"{name}: {json.dumps(value)}" for name, value in fields.items()) + "}"
 
 
 def inserted(text: str, entry: str) -> str:
@@ -47,5 +60,6 @@ def inserted(text: str, entry: str) -> str:
         end -= 1
     if not lines[end - 1].endswith("\n"):
         lines[end - 1] += "\n"
-    indent = " " * models.start_mark.column
+    first = lines[models.value[0].start_mark.line]
+    indent = first[: len(first) - len(first.lstrip())]  # the list's own mark may be an anchor, or a tag
     return "".join([*lines[:end], f"{indent}{entry}\n", *lines[end:]])
