@@ -99,7 +99,7 @@ finetune: .venv/.ready
 	@services/local/install.sh services/local/requirements.txt
 	@touch $@
 
-.venv/.test-ready: .venv/.ready tests/requirements.txt
+.venv/.test-ready: .venv/.ready tests/requirements.txt services/tools/requirements.txt
 	@$(PY) -m pip install -q -c constraints.txt -r tests/requirements.txt
 	@touch $@
 

@@ -1,12 +1,14 @@
-"""What of `make check-gpu` needs no vLLM: `python -m tests.gpu_bare TOKENIZER_FOLDER`, on a machine with an NVIDIA GPU, torch,
-transformers and peft. Writes bench/results/gpu_bare.json.
+"""What of `make check-gpu` needs no vLLM: `python -m tests.gpu_bare FOLDER`, on a machine with an NVIDIA GPU, torch, transformers,
+peft and llm-compressor. FOLDER: the bundled model's tokenizer, and its GGUF file as model.gguf. Writes bench/results/gpu_bare.json.
 
 The exporter beside nvidia-smi; a LoRA run of the trainer over a model of Mistral-7B's shape (random weights, our tokenizer), its
-memory beside what `make plan` says; the reader of profiles on a trace with GPU kernels.
+memory beside what `make plan` says; the reader of profiles on a trace with GPU kernels; the bundled model quantised on the card, its
+perplexity by transformers.
 """
 
 import contextlib
 import json
+import math
 import os
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -136,6 +139,58 @@ def profiled(folder: Path, base: Path) -> dict[str, object]:
             "unknown_kernels": [name[:120] for name in names if trace.class_of(name) == trace.OTHER]}
 
 
+def quantised(folder: Path, given: Path) -> dict[str, object]:
+    """The bundled model by each method of `make quantize`, on the card."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    texts = [text for path in sorted((ROOT / "docs").glob("*.md")) for text in pieces(path.read_text())]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for at, text in enumerate(texts) if at % 3))
+    words = AutoTokenizer.from_pretrained(given)
+    base = folder / "bundled"
+    AutoModelForCausalLM.from_pretrained(given, gguf_file="model.gguf", dtype=torch.bfloat16,
+                                         quantization_config=GgufConfig(dequantize=True)).save_pretrained(base)
+    words.save_pretrained(base)
+    found: dict[str, object] = {"ppl_bf16": perplexity(base, words, texts[::3])}
+    for method in ("w8a8", "gptq", "awq"):
+        began, out = time.monotonic(), folder / method
+        ran = subprocess.run([sys.executable, str(ROOT / "services/tools/quantize/compress.py"), method, str(base), "", str(folder / "texts.jsonl"), str(out)],
+                             capture_output=True, text=True)
+        if ran.returncode:
+            raise RuntimeError(f"{method}: {ran.stderr[-1500:]}")
+        found[f"{method}_s"] = round(time.monotonic() - began, 1)
+        found[f"{method}_mb"] = round(sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6)
+        found[f"ppl_{method}"] = perplexity(out, words, texts[::3])
+    return found
+
+
+def pieces(text: str) -> list[str]:
+    """As `make quantize` cuts documents: paragraphs together, some 300 tokens each."""
+    found, piece = [], ""
+    for paragraph in text.split("\n\n"):
+        piece += paragraph + "\n\n"
+        if len(piece) >= 1200:
+            found.append(piece)
+            piece = ""
+    return found
+
+
+def perplexity(model: Path, words: Any, texts: list[str]) -> float:
+    """By transformers, on the card."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to("cuda").eval()
+    nats, count = 0.0, 0
+    with torch.inference_mode():
+        for text in texts[:40]:
+            ids = words(text, return_tensors="pt", truncation=True, max_length=512).input_ids.to("cuda")
+            logits = loaded(ids).logits[0, :-1].float()
+            nats += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            count += ids.shape[1] - 1
+    return round(math.exp(nats / count), 2)
+
+
 def main() -> int:
     """Each part by itself: one that fails is told, and the others still run."""
     found = gpus.look()
@@ -144,7 +199,7 @@ def main() -> int:
         folder = Path(temporary)
         base: list[Path] = []
         for name, measure in (("exporter", exporter), ("made", lambda: base.append(made(folder, Path(sys.argv[1]))) or {}),
-                              ("trained", lambda: trained(folder, base[0])), ("profiled", lambda: profiled(folder, base[0]))):
+                              ("trained", lambda: trained(folder, base[0])), ("profiled", lambda: profiled(folder, base[0])), ("quantised", lambda: quantised(folder, Path(sys.argv[1])))):
             began = time.monotonic()
             try:
                 results.update(measure())

@@ -142,10 +142,11 @@ class Profiler:
         async with self._recording(http) as record:
             if wish.load == "mixed":
                 await record()
+            begun = await self._first_tokens(http)
             asking = asyncio.create_task(self._load(http, wish, 4 * STEPS))
             try:
                 if wish.load == "decode":
-                    await self._all_decode(http, wish, asking)
+                    await self._all_decode(http, begun + wish.concurrent, asking)
                     await record()
                 await asking
             finally:
@@ -191,10 +192,9 @@ class Profiler:
 
         await asyncio.gather(*(ask(number) for number in range(wish.concurrent)))
 
-    async def _all_decode(self, http: httpx.AsyncClient, wish: Wish, asking: asyncio.Task[None]) -> None:
-        """Until the engine has read every prompt, by its own count of those that it has read (or all have ended)."""
-        before = await self._first_tokens(http)
-        while not asking.done() and await self._first_tokens(http) < before + wish.concurrent:  # noqa: ASYNC110 - theirs
+    async def _all_decode(self, http: httpx.AsyncClient, wanted: float, asking: asyncio.Task[None]) -> None:
+        """Until the engine has read every prompt, by its own count of first tokens (or all have ended)."""
+        while not asking.done() and await self._first_tokens(http) < wanted:  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(0.05)
 
     async def _first_tokens(self, http: httpx.AsyncClient) -> float:
