@@ -71,12 +71,20 @@ def endpoint(side: Side) -> Endpoint:
 
 
 def measure(recipe: Recipe, sides: list[Endpoint], tokenizer: str, console: Console) -> list[Figures]:
-    """All rounds of all loads; who begins changes from round to round. Raises UserError."""
+    """All rounds of all loads; who begins changes from round to round. Raises UserError.
+
+    Before them every side has the last load once, for nothing: what an engine does for the first time takes longer.
+    """
     points = load.points(recipe)
     rounds: dict[tuple[str, Point], list[dict[str, Any]]] = defaultdict(list)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=recipe.rounds * len(points) * len(sides))
+        task = progress.add_task("", total=(recipe.rounds * len(points) + 1) * len(sides))
+        rows = load.prompts(recipe.lengths, load.requests(recipe, points[-1]), seed=recipe.rounds * len(points))
+        for side in sides:
+            progress.update(task, description=escape(f"warm-up: {side.shown}"))
+            load.run(side, points[-1], rows, recipe.slo, tokenizer, Path(folder))
+            progress.advance(task)
         for number in range(recipe.rounds):
             for at, point in enumerate(points):
                 rows = load.prompts(recipe.lengths, load.requests(recipe, point), seed=number * len(points) + at)
