@@ -26,20 +26,28 @@ def weights_bytes(model: str, revision: str = "") -> int:
 
 def original(model: str, revision: str = "") -> tuple[str, str]:
     """(model, revision) of which `make quantize` made this one; itself, where it was made by nobody of ours."""
-    made = Path(model) / MADE
-    if not made.is_file():
-        return model, revision
-    said = json.loads(made.read_text())
-    return str(said["original"]), str(said["revision"])
+    said = _made(model)
+    return (str(said["original"]), str(said["revision"])) if said else (model, revision)
 
 
 def format_name(model: str, revision: str = "") -> str:
-    """How its weights are stored: bf16, w8a8, gptq; empty when it is not on this machine."""
-    made = Path(model) / MADE
-    if made.is_file():
-        return str(json.loads(made.read_text())["method"])
-    found = config(model, revision)
-    return formats.of(found).name if found else ""
+    """How its weights are stored: bf16, w8a8, gptq; empty when it is not on this machine, or says nothing sensible."""
+    if said := _made(model):
+        return str(said["method"])
+    try:
+        found = config(model, revision)
+        return formats.of(found).name if found else ""
+    except (OSError, ValueError, TypeError, AttributeError):
+        return ""
+
+
+def _made(model: str) -> Mapping[str, Any]:
+    """MADE of a folder; empty where there is none, or one that `make quantize` did not write whole."""
+    try:
+        said: Any = json.loads((Path(model) / MADE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) and {"original", "revision", "method"} <= said.keys() else {}
 
 
 def _folder(model: str, revision: str) -> Path | None:

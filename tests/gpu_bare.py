@@ -25,6 +25,7 @@ import msgspec
 from common import gpus
 from common.sizing import shape, training
 from services.tools.profile import trace
+from services.tools.quantize.texts import pieces
 from services.trainer.plan import rows_on_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +145,7 @@ def quantised(folder: Path, given: Path) -> dict[str, object]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    texts = [text for path in sorted((ROOT / "docs").glob("*.md")) for text in pieces(path.read_text())]
+    texts = [text for path in sorted((ROOT / "docs").glob("*.md")) for text in pieces(path.read_text().split("\n\n"))]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for at, text in enumerate(texts) if at % 3))
     words = AutoTokenizer.from_pretrained(given)
     base = folder / "bundled"
@@ -161,17 +162,6 @@ def quantised(folder: Path, given: Path) -> dict[str, object]:
         found[f"{method}_s"] = round(time.monotonic() - began, 1)
         found[f"{method}_mb"] = round(sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6)
         found[f"ppl_{method}"] = perplexity(out, words, texts[::3])
-    return found
-
-
-def pieces(text: str) -> list[str]:
-    """As `make quantize` cuts documents: paragraphs together, some 300 tokens each."""
-    found, piece = [], ""
-    for paragraph in text.split("\n\n"):
-        piece += paragraph + "\n\n"
-        if len(piece) >= 1200:
-            found.append(piece)
-            piece = ""
     return found
 
 

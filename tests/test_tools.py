@@ -73,6 +73,16 @@ class TestFormats:
         assert checkpoint.format_name(str(tmp_path)) == "gptq"
 
 
+    @pytest.mark.parametrize("said", ["", "[]", "{}", '{"method": 1', "\xff"])
+    def test_what_is_none_of_ours_ends_no_worker(self, tmp_path: Path, said: str) -> None:
+        (tmp_path / checkpoint.MADE).write_text(said)
+        (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors", "config_groups": []}}')
+        assert checkpoint.original(str(tmp_path), "r") == (str(tmp_path), "r")
+        assert checkpoint.format_name(str(tmp_path)) in ("", "w16a16")
+        (tmp_path / "config.json").write_text('{"quantization_config": "odd"}')
+        assert checkpoint.format_name(str(tmp_path)) == ""
+
+
 class TestNorms:
     def test_the_kernel_gives_what_the_operators_give(self) -> None:
         code = (
@@ -242,6 +252,20 @@ class TestGate:
             command_of_quantize.quantize(model, method, None, 1, Console())
         assert not quantising
 
+    def test_no_number_is_no_pass(self, tmp_path: Path, quantising: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        served = Served(math.nan, 100, 1.0, {"1": 1.0})
+        monkeypatch.setattr(command_of_quantize, "_measured", lambda *_: Verdict(served, served, 0.1, 0.9, 0.5, 100))
+        with pytest.raises(UserError, match="It is not registered"):
+            command_of_quantize.quantize("m", "awq", None, 100, Console())
+        assert len(catalog.read(tmp_path / "models.yaml").models) == 1
+
+    def test_what_a_killed_run_left_is_gone(self, tmp_path: Path) -> None:
+        folder = tmp_path / ".m-awq.making"
+        (folder / "made").mkdir(parents=True)
+        with command_of_quantize._emptied(folder) as making:
+            assert not list(making.iterdir())
+        assert not folder.exists()
+
     def test_two_at_once(self, tmp_path: Path, quantising: list[str]) -> None:
         import fcntl
 
@@ -297,6 +321,9 @@ class TestCompare:
         (tmp_path / "t.jsonl").write_text('{"prompt_tokens": 7, "completion_tokens": 3}\n{"prompt_tokens": 9, "completion_tokens": 2}\n')
         recorded = load.prompts(recipe.Lengths(trace=str(tmp_path / "t.jsonl")), 3, 0)
         assert [(len(str(row["prompt"]).split()), row["output_tokens"]) for row in recorded] == [(7, 3), (9, 2), (7, 3)]
+        (tmp_path / "t.jsonl").write_text("\n")
+        with pytest.raises(UserError, match="no request in this trace"):
+            load.prompts(recipe.Lengths(trace=str(tmp_path / "t.jsonl")), 3, 0)
         (tmp_path / "t.jsonl").write_text("{}\n")
         with pytest.raises(UserError, match="a trace is JSONL"):
             load.prompts(recipe.Lengths(trace=str(tmp_path / "t.jsonl")), 3, 0)
@@ -306,6 +333,9 @@ class TestCompare:
         assert {name: len(recipe.read(path, name).sides) for name in ("self", "quantised", "trtllm")} == {"self": 2, "quantised": 2, "trtllm": 2}
         with pytest.raises(UserError, match=r"RECIPE=none: .* has self, quantised, trtllm"):
             recipe.read(path, "none")
+        (tmp_path / "r.yaml").write_text("a: {sides: [{model: m}], closed: []}\n")
+        with pytest.raises(UserError, match="there is no load"):
+            recipe.read(tmp_path / "r.yaml", "a")
         (tmp_path / "r.yaml").write_text("a: {sides: [{model: m, ulr: x}]}\n")
         with pytest.raises(UserError, match="ulr"):
             recipe.read(tmp_path / "r.yaml", "a")
@@ -379,6 +409,10 @@ class TestProfiling:
         said = msgspec.json.decode((tmp_path / "p" / profiling.RESULT).read_bytes(), type=profiling.Result)
         assert "concurrent" in said.error
         assert not (tmp_path / "p" / profiling.WISH).exists()
+
+    def test_a_folder_that_cannot_be_made_keeps_no_worker_from_serving(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        profiling.Profiler(WorkerSettings.model_construct(engine_port=1), tmp_path / "file/below", lambda: 0)
 
     def test_an_engine_that_is_silent_is_said(self, tmp_path: Path) -> None:
         import asyncio

@@ -35,6 +35,8 @@ FLAME_S = 5
 LOOK_EVERY_S = 1.0
 TAKEN_WITHIN_S = 30.0
 """A wish that no worker took by then is forgotten."""
+LONGEST_S = 600.0
+"""Out of rotation for a profile, whatever the engine does."""
 PATIENCE_S = 300.0
 """For the engine's answers, and for the trace, which it writes while everything stands still."""
 WISH, RESULT, TRACE, FLAME = "wish.json", "result.json", "trace.json.gz", "flame.svg"
@@ -86,7 +88,8 @@ class Profiler:
     def __init__(self, settings: WorkerSettings, folder: Path, pid: Callable[[], int]) -> None:
         self._settings, self._folder, self._pid = settings, folder, pid
         self._wish: Wish | None = None
-        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # without it nobody can wish; that keeps no worker from serving
+            folder.mkdir(parents=True, exist_ok=True)
 
     async def wished(self) -> None:
         """Until there is a wish. One that cannot be read is answered, one that nobody waits for forgotten."""
@@ -111,12 +114,15 @@ class Profiler:
         wish, began = self._wish or Wish(), time.monotonic()
         result = Result(wish, error="it was cut off: the worker stops, or others wait for its turn")
         try:
-            async with httpx.AsyncClient(
-                base_url=f"http://127.0.0.1:{self._settings.engine_port}",
-                timeout=PATIENCE_S,
-                limits=httpx.Limits(max_connections=None),
-                headers={"authorization": f"Bearer {self._settings.worker_token}"},
-            ) as http:
+            async with (
+                asyncio.timeout(LONGEST_S),
+                httpx.AsyncClient(
+                    base_url=f"http://127.0.0.1:{self._settings.engine_port}",
+                    timeout=PATIENCE_S,
+                    limits=httpx.Limits(max_connections=None),
+                    headers={"authorization": f"Bearer {self._settings.worker_token}"},
+                ) as http,
+            ):
                 await self._trace(http, wish)
                 no_flame = await self._flame(http, wish)
             result = Result(wish, trace=TRACE, flame="" if no_flame else FLAME, no_flame=no_flame)

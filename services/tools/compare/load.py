@@ -92,11 +92,14 @@ def prompts(lengths: Lengths, count: int, seed: int) -> list[dict[str, object]]:
 def _recorded(path: Path) -> list[tuple[int, int]]:
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return [(max(1, int(line["prompt_tokens"])), max(1, int(line["completion_tokens"]))) for line in lines]
+        found = [(max(1, int(line["prompt_tokens"])), max(1, int(line["completion_tokens"]))) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: a trace is JSONL with prompt_tokens and completion_tokens ({type(error).__name__}: {error})"
         ) from error
+    if not found:
+        raise UserError(f"{path}: there is no request in this trace.")
+    return found
 
 
 def run(

@@ -74,6 +74,8 @@ def read(path: Path, name: str) -> Recipe:
     if name not in found:
         raise UserError(f"RECIPE={name}: {path} has {', '.join(found)}.")
     recipe = found[name]
+    if not recipe.closed and not recipe.open:
+        raise UserError(f"RECIPE={name}: {path}: there is no load, neither closed nor open.")
     base = path.parent
     sides = [msgspec.structs.replace(side, key_file=_absolute(base, side.key_file)) for side in recipe.sides]
     lengths = msgspec.structs.replace(recipe.lengths, trace=_absolute(base, recipe.lengths.trace))

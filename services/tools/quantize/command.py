@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import sha256
@@ -58,16 +57,18 @@ def quantize(model: str, method: str, data: Path | None, most_loss: float, conso
             _room(entry, dials)
             _make(entry, method, calibrated, target, made, dials, console)
         verdict = _measured([entry, copy], measured, dials, console)
-    card.measured(target, verdict, copy.name)
+        card.measured(target, verdict, copy.name)
     console.print(_picture(verdict, copy.name))
-    if verdict.loss > most_loss:
+    if not verdict.loss <= most_loss:  # also what is no number
         raise UserError(
             f"{copy.name} lost {verdict.loss:.1%} of perplexity; MAX_PERPLEXITY_LOSS={most_loss:g} allows "
             f"{most_loss:.1%}. It is not registered, and lies in {target}. Another METHOD, or your own questions as "
             "DATA, may lose less."
         )
     path = models_path()
-    new = register(path, copy, entry)
+    with open(dials.models / ".register.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two that end at once: each reads what the other wrote
+        new = register(path, copy, entry)
     console.print(
         f"{target}: the checkpoint, its card README.md\n{path}: {'has' if new else 'had'} an entry {copy.name!r}. "
         "Serve it: make up, or make apply while the stack runs",
@@ -130,8 +131,8 @@ def _make(
         raise UserError("llm-compressor is not installed: make quantize installs it (.venv-quantize).")
     console.print(f"quantising {entry.name}: {card.NAMES[method]}, calibrated with {len(rows)} texts", markup=False)
     model = entry.model(dials.models)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as making:
-        calibration, out = Path(making) / "calibration.jsonl", Path(making) / "made"
+    with _emptied(target.with_name(f".{target.name}.making")) as making:
+        calibration, out = making / "calibration.jsonl", making / "made"
         calibration.write_text("".join(json.dumps(row) + "\n" for row in rows))
         ran = subprocess.run(
             [PYTHON, SCRIPT, method, model, entry.revision, calibration, out],
@@ -150,8 +151,20 @@ def _make(
             beside = Path(model) / extra
             if beside.is_file() and not (out / extra).exists():
                 shutil.copyfile(beside, out / extra)
-        shutil.rmtree(target, ignore_errors=True)  # one of other texts
+        if target.exists():  # one of other texts: whole until the new one is
+            target.rename(making / "replaced")
         out.rename(target)
+
+
+@contextlib.contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """The folder, without what a killed run has left, and gone afterwards. Whoever calls has the lock of its target."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _measured(entries: Sequence[Entry], rows: list[dict[str, Any]], dials: Dials, console: Console) -> Verdict:

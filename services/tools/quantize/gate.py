@@ -18,10 +18,12 @@ from typing import Any
 import msgspec
 
 from common import checkpoint
+from services.local.errors import UserError
 from services.tools.quantize import engine
 
 ROWS, TOKENS = 40, 512
 ANSWERS = 16
+LEAST_TOKENS = 16
 AT_ONCE = 8
 CONCURRENT = (1, 16)
 LEAST_PROBABILITY = 1e-12
@@ -79,6 +81,8 @@ def look(
     tell("starting", 0.0)
     with engine.alone(told, cuda=cuda, log=log) as one:
         limit = min(TOKENS, engine.longest(one) - engine.ANSWER_TOKENS)
+        if limit < LEAST_TOKENS:
+            raise UserError(f"Sequences of {engine.longest(one)} tokens are too short to be measured; see max_tokens.")
         ids = ids or [said for row in rows[:ROWS] if len(said := engine.tokens(one, row, limit)) > 1]
         places, answers, speeds = [], [], {}
         with ThreadPoolExecutor(AT_ONCE) as pool:
