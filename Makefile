@@ -4,7 +4,7 @@
 # make finetune DATA=questions.jsonl    your own model from your own questions (HELDOUT=file SUFFIX=name EPOCHS=3)
 # make apply   models.yaml as it is now, while the stack serves (apply-compose: for containers)
 # make restart all workers and the gateway anew, one after the other, while the stack serves (restart-compose: for containers)
-# make quantize METHOD=w8a8   a smaller copy of a model (gptq, awq; MODEL=name DATA=questions.jsonl), measured, in models.yaml
+# make quantize METHOD=w8a8   a smaller copy of a model (gptq, awq; MODEL=name DATA=questions.jsonl), measured, in models.yaml (quantize-compose: by a container)
 # make compare MODELS="one two"   the same load against several models or endpoints; a page (RECIPE=name of examples/compare.yaml)
 # make profile an engine from inside: where its time goes (WORKER=worker-2 N=8 LOAD=mixed)
 # make plan    what fits on which GPU, how fast, at what price (MODEL=org/name GPU="RTX 4090" GPUS=1 TOKENS=8192)
@@ -16,7 +16,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key keys revoke doctor plan quantize compare profile apply apply-compose restart restart-compose backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts bench-engines check-cuda check-gpu base-images clean
+.PHONY: help up env key keys revoke doctor plan quantize quantize-compose compare profile apply apply-compose restart restart-compose backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts bench-engines check-cuda check-gpu base-images clean
 
 help:
 	@sed -n '1,13s/^# //p' Makefile
@@ -68,6 +68,9 @@ plan: .venv/.ready
 
 quantize: .venv-quantize/.ready
 	@exec $(PY) -m services.tools quantize
+
+quantize-compose: .venv-tools/.ready
+	@exec .venv-tools/bin/python -m services.tools.quantize.containers
 
 .venv/.tools-ready: .venv/.ready services/tools/requirements.txt
 	@$(PY) -m pip install -q -c constraints.txt -r services/tools/requirements.txt

@@ -20,7 +20,7 @@ from services.local import model as bundled
 from services.local.plan import ROOT
 from services.tools.profile import trace
 from services.tools.quantize import engine
-from services.tools.quantize.command import METHODS
+from services.tools.quantize.source import METHODS
 from tests import contract
 from tests.engines import ENGINES, HERE, beside, client, failover
 from tests.harness import free_ports, wait_for

@@ -28,7 +28,7 @@ from services.local.plan import ROOT
 from services.tools.compare import command as comparing
 from services.tools.compare import figures, load, recipe, report
 from services.tools.profile import trace
-from services.tools.quantize import card, engine, gate, register, texts
+from services.tools.quantize import card, engine, gate, making, register, texts
 from services.tools.quantize import command as command_of_quantize
 from services.tools.quantize.gate import Served, Verdict
 from services.worker import profiling
@@ -206,9 +206,9 @@ class TestGate:
             (target / "config.json").write_text("{}")
             card.made(target, entry.source, entry.revision, method, {"weights": "int4"}, digest)
 
-        monkeypatch.setattr(command_of_quantize, "_make", make)
-        monkeypatch.setattr(command_of_quantize, "_room", lambda *_: None)
-        monkeypatch.setattr(command_of_quantize, "_measured", lambda *_: verdict)
+        monkeypatch.setattr(making, "_make", make)
+        monkeypatch.setattr(making, "_room", lambda *_: None)
+        monkeypatch.setattr(making, "_measured", lambda *_: verdict)
         return made
 
     def test_one_that_lost_too_much_is_said_and_not_registered(self, tmp_path: Path, quantising: list[str]) -> None:
@@ -254,7 +254,7 @@ class TestGate:
 
     def test_no_number_is_no_pass(self, tmp_path: Path, quantising: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         served = Served(math.nan, 100, 1.0, {"1": 1.0})
-        monkeypatch.setattr(command_of_quantize, "_measured", lambda *_: Verdict(served, served, 0.1, 0.9, 0.5, 100))
+        monkeypatch.setattr(making, "_measured", lambda *_: Verdict(served, served, 0.1, 0.9, 0.5, 100))
         with pytest.raises(UserError, match="It is not registered"):
             command_of_quantize.quantize("m", "awq", None, 100, Console())
         assert len(catalog.read(tmp_path / "models.yaml").models) == 1
@@ -262,8 +262,8 @@ class TestGate:
     def test_what_a_killed_run_left_is_gone(self, tmp_path: Path) -> None:
         folder = tmp_path / ".m-awq.making"
         (folder / "made").mkdir(parents=True)
-        with command_of_quantize._emptied(folder) as making:
-            assert not list(making.iterdir())
+        with making._emptied(folder) as folder_of_it:
+            assert not list(folder_of_it.iterdir())
         assert not folder.exists()
 
     def test_two_at_once(self, tmp_path: Path, quantising: list[str]) -> None:

@@ -48,7 +48,7 @@ def document(found: Catalog, gpus: int, own: Path, file: str = "./models.yaml") 
     services: dict[str, Any] = {"worker": {"profiles": ["without-models-yaml"]}}
     dealt = places.deal(found, range(gpus))
     for entry in found.models:
-        inside = _in_container(entry, own)
+        inside = in_container(entry, own)
         for number, place in enumerate(dealt[entry.slug], 1):
             env = {"PLACE": ""} | places.environment(inside, IN_IMAGE, place, found.awake)  # else hardware.yaml's
             for name in places.visible(()):
@@ -60,7 +60,7 @@ def document(found: Catalog, gpus: int, own: Path, file: str = "./models.yaml") 
     trained = found.trained
     services["trainer"] = (
         {"profiles": ["without-models-yaml"]} if trained is None
-        else _trainer(_in_container(trained, own), dealt[trained.slug][0])
+        else _trainer(in_container(trained, own), dealt[trained.slug][0])
     )
     return {"services": services}
 
@@ -94,8 +94,8 @@ def _devices(gpus: tuple[int, ...]) -> Override:
     return Override(resources={"reservations": {"devices": [device]}})
 
 
-def _in_container(entry: Entry, own: Path) -> Entry:
-    """The entry with its folder as containers see it."""
+def in_container(entry: Entry, own: Path) -> Entry:
+    """The entry with its folder as containers see it. Raises UserError for one that they do not."""
     if entry.elsewhere or not entry.source.startswith("/"):
         return entry
     folder = Path(entry.source)
@@ -107,7 +107,7 @@ def _in_container(entry: Entry, own: Path) -> Entry:
 def wanted(path: Path, own: Path) -> str:
     """What `fetch` is to bring, a model a line, after the digest of the models.yaml that says so. Raises UserError."""
     models = [
-        _in_container(entry, own).model(IN_IMAGE) + (f"@{entry.revision}" if entry.revision else "")
+        in_container(entry, own).model(IN_IMAGE) + (f"@{entry.revision}" if entry.revision else "")
         for entry in catalog.read(path).models if entry.engine == "vllm"
     ]  # fmt: skip
     return "\n".join([sha256(path.read_bytes()).hexdigest()[:12], *dict.fromkeys(models)]) + "\n"
@@ -139,14 +139,24 @@ def name_it(env: Path) -> None:
         file.write(("" if said.endswith("\n") or not said else "\n") + line)
 
 
+def models_path() -> Path:
+    """Where models.yaml is, if there is one."""
+    return Path(os.environ.get("MODELS_FILE") or ROOT / "models.yaml")
+
+
+def own_models() -> Path:
+    """MODELS_DIR, which containers see as /models/own."""
+    return (ROOT / dial("MODELS_DIR", "./models")).resolve()
+
+
 def main() -> None:
     """Write it. GPUS says how many GPUs the host has."""
-    path = Path(os.environ.get("MODELS_FILE") or ROOT / "models.yaml")
+    path = models_path()
     try:
         if not path.exists():
             raise UserError(f"There is no {path}; begin with: cp examples/models.yaml models.yaml")
         gpus = int(os.environ.get("GPUS") or 0) if dial("ACCELERATOR", "cpu") == "cuda" else 0
-        own = (ROOT / dial("MODELS_DIR", "./models")).resolve()
+        own = own_models()
         for file, made in ((WANTED, wanted(path, own)), (FILE, text(path, gpus, own))):
             write_whole([made.encode()], file)
         name_it(ROOT / ".env")

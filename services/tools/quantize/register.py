@@ -1,6 +1,8 @@
 """An entry more in models.yaml, its owner's lines and comments as they are."""
 
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import msgspec
@@ -19,6 +21,15 @@ def register(path: Path, new: Entry, original: Entry) -> bool:
     Returns False when there is such an entry already. Raises UserError when the file is wrong, or would be; then it is
     as it was.
     """
+    folder = os.open(path.resolve().parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # two that end at once: each reads what the other wrote
+        return _register(path, new, original)
+    finally:
+        os.close(folder)
+
+
+def _register(path: Path, new: Entry, original: Entry) -> bool:
     if not path.exists():
         text = f"{HEAD}  - {shown(original)}\n  - {shown(new)}\n"
     elif any(entry.name == new.name and entry.engine == "vllm" for entry in catalog.read(path).models):

@@ -1,24 +1,26 @@
 """What MODEL names, as an entry of models.yaml, and the entry of its quantised copy."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
-from common import checkpoint, formats
 from services.local import catalog
 from services.local import model as bundled
-from services.local.catalog import Catalog, Entry
+from services.local.catalog import Entry
 from services.local.errors import UserError
-from services.local.models import bring_models
-from services.local.plan import Dials
+
+METHODS = ("w8a8", "gptq", "awq")
 
 
-def find(model: str, dials: Dials) -> Entry:
-    """MODEL: a name in models.yaml, `bundled`, a folder, or a hub name. Raises UserError."""
-    for entry in dials.catalog.models:
+def find(model: str, method: str, known: Sequence[Entry]) -> Entry:
+    """MODEL: a name in models.yaml (`known`), `bundled`, a folder, or a hub name. Raises UserError."""
+    if method not in METHODS:
+        raise UserError(
+            f"METHOD={method or '(nothing)'}: {', '.join(METHODS)}. make quantize MODEL=bundled METHOD=w8a8"
+        )
+    for entry in known:
         if entry.name == model and entry.engine == "vllm":
             return entry
     if not model or model == catalog.BUNDLED:
@@ -27,7 +29,7 @@ def find(model: str, dials: Dials) -> Entry:
     if (folder / "config.json").is_file():
         return checked({"name": folder.resolve().name, "source": str(folder.resolve())})
     if folder.is_absolute() or model.startswith((".", "~")) or "/" not in model:
-        names = ", ".join(entry.name for entry in dials.catalog.models)
+        names = ", ".join(entry.name for entry in known)
         raise UserError(f"MODEL={model}: neither bundled, nor one of models.yaml's ({names}), nor a checkpoint folder.")
     hub, _, revision = model.partition("@")
     revision = revision or os.environ.get("MODEL_REVISION", "")
@@ -55,13 +57,3 @@ def checked(fields: dict[str, object]) -> Entry:
         raise UserError(
             f"{fields.get('name')!r} cannot be a model's name ({error}). Give it one in models.yaml: MODEL=that"
         ) from error
-
-
-def bring(entry: Entry, dials: Dials, console: Console) -> None:
-    """Its files on this machine. Raises UserError: they cannot be had, or are quantised already."""
-    dials.models.mkdir(parents=True, exist_ok=True)
-    with Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True) as progress:
-        bring_models(Dials(dials.state, Catalog(models=[entry])), progress)
-    found = checkpoint.config(entry.model(dials.models), entry.revision)
-    if found.get("quantization_config"):
-        raise UserError(f"MODEL={entry.name} is {formats.of(found).name} already; quantise the original.")
