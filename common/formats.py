@@ -14,7 +14,7 @@ class Format(NamedTuple):
     bits: int
     """Of a weight in a linear layer."""
     group: int = 128
-    """Weights that share a scale, where a weight has 4 bits."""
+    """Weights that share a scale, where a weight has 4 bits; -1: all of a column."""
 
 
 def of(config: Mapping[str, Any]) -> Format:

@@ -14,6 +14,7 @@ from services.local.plan import ROOT
 from services.tools.quantize import containers
 from tests.containers import ENV, docker, no_engine
 from tests.test_compose import VERSION, config
+from tests.test_tools import tuned_on
 
 needs_engine = pytest.mark.skipif(bool(no_engine()), reason=no_engine() or "never")
 
@@ -134,7 +135,7 @@ def test_on_a_gpu_the_stack_is_to_be_stopped_first(tmp_path: Path, scripted: Doc
 
 @needs_engine
 def test_the_whole_way_in_a_container(tmp_path: Path) -> None:
-    """A model of two layers, its weights by chance: what is real here is the container, not the loss."""
+    """A model of two layers, its weights by chance: what is real here is the container, not the loss; adapters on int4."""
     own = tmp_path / "models"
     tiny(own / "tiny")
     docker("compose", "--profile", "tools", "build", "-q", "quantize", timeout_s=1800)
@@ -155,6 +156,7 @@ def test_the_whole_way_in_a_container(tmp_path: Path) -> None:
         again = subprocess.run(["make", "-s", "quantize-compose"], cwd=ROOT, env=env | {"MODEL": "tiny-awq"}, capture_output=True, text=True, timeout=300)
         assert again.returncode and "MODEL=tiny-awq is awq already" in again.stdout + again.stderr
         assert "Traceback" not in again.stdout + again.stderr
+        tuned_on(own / "tiny-awq", own / "tiny", tmp_path)
     finally:
         docker("compose", "--profile", "tools", "down", "-v", "--remove-orphans", check=False)
 

@@ -62,9 +62,10 @@ class TestFormats:
     def test_a_quantised_model_is_sized(self) -> None:
         whole = {**shape.KNOWN["mistralai/Mistral-7B-Instruct-v0.3"]}
         sizes = {name: shape.of_config(whole | said, "m").weights_bytes() for name, said in
-                 (("bf16", {}), ("w8a8", scheme(8, 8)), ("w4a16", scheme(4, None, group=128)))}
+                 (("bf16", {}), ("w8a8", scheme(8, 8)), ("w4a16", scheme(4, None, group=128)),
+                  ("columns", {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": -1}}))}
         assert 0.5 < sizes["w8a8"] / sizes["bf16"] < 0.55
-        assert 0.25 < sizes["w4a16"] / sizes["bf16"] < 0.31
+        assert 0.25 < sizes["columns"] / sizes["bf16"] < sizes["w4a16"] / sizes["bf16"] < 0.31
 
     def test_where_a_quantised_one_comes_from(self, tmp_path: Path) -> None:
         assert checkpoint.original("org/model", "abc") == ("org/model", "abc")
@@ -511,20 +512,26 @@ class TestQuantised:
 
     def test_tuned_models_on_it(self, quantised: Path, tmp_path: Path) -> None:
         """vLLM alone would not start: oneDNN has packed the weights away that it asks for their device."""
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
+        tuned_on(quantised, quantised.with_name(NAME), tmp_path)
 
-        base = AutoModelForCausalLM.from_pretrained(quantised.with_name(NAME), dtype=torch.bfloat16)
-        torch.manual_seed(3)
-        get_peft_model(base, LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)).save_pretrained(tmp_path / "tuned")
-        with engine.alone({"MODEL": str(quantised), "ADAPTERS_DIR": str(tmp_path)}, cuda=False, log=tmp_path / "log") as one:
-            ids = engine.tokens(one, {"text": "The capital of France is"}, 20)
-            before = engine.greedy(one, ids)
-            asked = {"lora_name": "tuned", "lora_path": str(tmp_path / "tuned")}
-            assert one.http.post("/v1/load_lora_adapter", json=asked).is_success
-            tuned = one.http.post("/v1/completions", json={"model": "tuned", "prompt": ids, "max_tokens": 20, "temperature": 0}).json()
-            assert tuned["choices"][0]["text"]
-            assert engine.greedy(one, ids) == before
+
+def tuned_on(served: Path, original: Path, folder: Path) -> None:
+    """An adapter of the original is loaded onto what was made of it while that serves, and answers; the base as before."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16)
+    torch.manual_seed(3)
+    get_peft_model(base, LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)).save_pretrained(folder / "tuned")
+    with engine.alone({"MODEL": str(served), "ADAPTERS_DIR": str(folder)}, cuda=False, log=folder / "log") as one:
+        ids = engine.tokens(one, {"text": "The capital of France is"}, 20)
+        before = engine.greedy(one, ids)
+        asked = {"lora_name": "tuned", "lora_path": str(folder / "tuned")}
+        assert one.http.post("/v1/load_lora_adapter", json=asked).is_success
+        tuned = {"model": "tuned", "prompt": ids, "max_tokens": 20, "temperature": 0, "return_token_ids": True}
+        said = one.http.post("/v1/completions", json=tuned).raise_for_status().json()["choices"][0]["token_ids"]
+        assert said and said != before[:20]
+        assert engine.greedy(one, ids) == before
 
 
 @pytest.fixture(scope="module")

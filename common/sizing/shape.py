@@ -73,7 +73,7 @@ class Shape:
 
     def _bytes_per_weight(self) -> float:
         if self.quantization in formats.FOUR_BIT:  # 4 bits, and a half-precision scale and a 4-bit zero for each group
-            return 0.5 + (2 + 0.5) / self.group
+            return 0.5 + (2 + 0.5) / (self.group if self.group > 0 else self.hidden)
         return 1.0 if self.quantization else 2.0
 
     def kv_bytes_per_token(self, tp: int = 1, value_bytes: int = 2) -> int:
