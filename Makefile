@@ -44,7 +44,10 @@ apply: .venv/.ready
 
 # For containers: models.yaml becomes models.compose.yaml; what changed comes up beside the old, then the old drains.
 .venv-tools/.ready: constraints.txt
-	@python3 -m venv .venv-tools && .venv-tools/bin/pip install -q -c constraints.txt msgspec pyyaml && touch $@
+	@test -x .venv-tools/bin/python || python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "owngpt: python3 is older than 3.10. With a newer one: python3.11 -m venv .venv-tools, then again" >&2; exit 1; }
+	@test -x .venv-tools/bin/python || python3 -m venv .venv-tools
+	@.venv-tools/bin/pip install -q -c constraints.txt msgspec pyyaml && touch $@
 
 apply-compose: .venv-tools/.ready
 	@services/local/compose.sh apply

@@ -11,6 +11,11 @@ MADE = "quantised.json"
 """In a folder that `make quantize` made: of what, how, and what the gate measured."""
 
 
+def served_name(chosen: str, model: str) -> str:
+    """A model's public name: the one chosen for it, else the last part of its folder or hub name."""
+    return chosen or Path(model).name.lower()
+
+
 def config(model: str, revision: str = "") -> Mapping[str, Any]:
     """The config.json of a folder or of a hub model that was fetched; empty when it is not on this machine."""
     folder = _folder(model, revision)

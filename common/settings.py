@@ -30,11 +30,6 @@ def read_secret(path: Path) -> str:
     return secret
 
 
-def served_name(chosen: str, model: str) -> str:
-    """A model's public name: the one chosen for it, else the last part of its folder or hub name."""
-    return chosen or Path(model).name.lower()
-
-
 class StateSettings(BaseSettings):
     """Where the state redis is: the part that gateway and workers share."""
 

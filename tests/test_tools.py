@@ -162,7 +162,7 @@ class TestRegister:
         assert register.register(path, Entry(name="b", source=str(tmp_path)), Entry(name="a"))
         assert path.is_symlink()
         assert real.stat().st_mode & 0o777 == 0o640
-        assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "models.yaml", "real.yaml"]
+        assert sorted(file.name for file in tmp_path.iterdir()) == [".real.yaml.lock", "config.json", "models.yaml", "real.yaml"]
 
     def test_without_a_file_the_original_stays(self, tmp_path: Path) -> None:
         folder = tmp_path / "new: odd # name"

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from common import gpus
-from common.settings import served_name
+from common.checkpoint import served_name
 from services.local import catalog
 from services.local import model as bundled
 from services.local.catalog import Catalog, Entry

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from common.settings import PlaceSettings, read_secret, served_name
+from common.checkpoint import served_name
+from common.settings import PlaceSettings, read_secret
 
 
 class TrainerSettings(PlaceSettings):

@@ -108,8 +108,10 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="a folder (nothing to do), or a hub name like org/model@revision; "
                         "without any: what models.yaml says, or MODEL and MODEL_REVISION in the environment")
     try:
-        check_drift()
-        for said in parser.parse_args().models or told():
+        named = parser.parse_args().models
+        if not named:
+            check_drift()
+        for said in named or told():
             model, _, revision = said.partition("@")
             print(f"fetch: {model} is in {bring(model, revision)}")
     except Refused as error:

@@ -8,7 +8,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.settings import CACHE_URL, PlaceSettings, read_secret, served_name
+from common.checkpoint import served_name
+from common.settings import CACHE_URL, PlaceSettings, read_secret
 
 
 class WorkerSettings(PlaceSettings):

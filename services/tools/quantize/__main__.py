@@ -11,23 +11,32 @@ from rich.console import Console
 from services.local.catalog import Entry
 from services.local.errors import UserError
 from services.local.plan import Dials, gpus_to_use
-from services.tools.quantize import making
+from services.tools.quantize import making, source, texts
 
 STATE = Path("/tmp/state")  # noqa: S108 - a container's own
+OWN = "/models/own"
 
 
 def main() -> None:
-    """ENTRY: the model, as an entry of models.yaml. METHOD, DATA, MAX_PERPLEXITY_LOSS: as of make quantize."""
+    """ENTRY: the model, as an entry of models.yaml. METHOD, DATA, MAX_PERPLEXITY_LOSS: as of make quantize.
+
+    MODELS_DIR: what /models/own is called outside, for messages.
+    """
     told = os.environ
-    entry = msgspec.convert(json.loads(told["ENTRY"]), Entry)
-    data = Path(told["DATA"]) if told.get("DATA") else None
+    entry, method = msgspec.convert(json.loads(told["ENTRY"]), Entry), told["METHOD"]
+    data = Path(told["DATA"]) if told["DATA"] else None
     STATE.mkdir()
     try:
         dials = Dials(STATE, gpus=gpus_to_use())
-        dials.models.symlink_to("/models/own")
-        making.make(entry, told["METHOD"], data, float(told["MAX_PERPLEXITY_LOSS"]), dials, Console())
-    except UserError as error:
-        sys.exit(f"owngpt: {error}")
+        dials.models.symlink_to(OWN)
+        rows = texts.split(data)
+        with making.alone(dials.models / source.copy_name(entry, method)):
+            making.make(entry, method, rows, float(told["MAX_PERPLEXITY_LOSS"]), dials, Console())
+    except (UserError, OSError) as error:
+        said = str(error)
+        for inside in (str(STATE / "models"), OWN):
+            said = said.replace(inside, told["MODELS_DIR"])
+        sys.exit(f"owngpt: {said}")
     except KeyboardInterrupt:
         sys.exit(130)
 

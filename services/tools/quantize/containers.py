@@ -1,4 +1,4 @@
-"""`make quantize-compose`: `make quantize` for a host with Docker alone; the work is done in a container.
+"""`make quantize-compose`: `make quantize` for a host with Docker; the work is done in a container.
 
 Needs PyYAML and msgspec, as services/local/compose.py does. The container sees MODELS_DIR and downloaded models, has no
 network, and is whoever has MODELS_DIR; models.yaml is changed here, when it has ended well.
@@ -11,47 +11,61 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
+from common.checkpoint import served_name
 from services.local import catalog
 from services.local import model as bundled
-from services.local.catalog import BUNDLED
-from services.local.compose import IN_IMAGE, OWN, ROOT, dial, in_container, models_path, own_models
+from services.local.catalog import BUNDLED, Entry
+from services.local.compose import IN_IMAGE, OWN, ROOT, in_container, models_path
 from services.local.errors import UserError
 from services.tools.quantize import source
-from services.tools.quantize.register import register
+from services.tools.quantize.register import check, register
 
 USER = 10001
 """Of all containers; theirs is MODELS_DIR when it was root's."""
 HAVE_GPUS = ("worker", "trainer", "trtllm", "sglang")
+ROWS = "/rows.jsonl"
+KILLED = 137
+
+
+class Composed(NamedTuple):
+    """What compose makes of compose.yaml and .env."""
+
+    own: Path
+    """MODELS_DIR."""
+    on_gpus: bool
+    worker: Mapping[str, str]
+    """The environment of the worker that it serves with; empty where models.yaml says which there are."""
 
 
 def quantize(model: str, method: str, data: str, most_loss: float) -> None:
     """Raises UserError: a wrong input, or a container that cannot do it and has said why."""
-    path, own = models_path(), own_models()
+    path, composed = models_path(), look()
     known = catalog.read(path).models if path.exists() else []
-    entry = source.find(on_this_host(model or ("" if known else served()), own), method, known)
-    copy = source.copy_of(entry, method, own / source.copy_name(entry, method))
-    inside = in_container(entry, own)
-    on_gpus = dial("ACCELERATOR", "cpu") == "cuda"
-    if on_gpus:
-        if entry.source == BUNDLED:
-            raise UserError("The image for GPUs has no bundled model. MODEL=org/model, or a name in models.yaml.")
-        _stopped()
-    if inside.model(IN_IMAGE).startswith("/"):
-        inside = msgspec.structs.replace(inside, source=inside.model(IN_IMAGE))
-    elif _compose("run", "--rm", "fetch", inside.source):
-        raise UserError(f"{inside.source} is not here; see above.")
-    with _lent(own, data) as (user, rows):
-        told = {"ENTRY": json.dumps(msgspec.to_builtins(inside)), "METHOD": method, "DATA": rows}
-        told |= {"MAX_PERPLEXITY_LOSS": str(most_loss)}
+    entry = chosen(model, method, known, composed)
+    copy = source.copy_of(entry, method, composed.own / source.copy_name(entry, method))
+    check(path, copy)
+    inside = in_container(entry, composed.own)
+    if composed.on_gpus:
+        _has_gpus(entry)
+    with _lent(composed.own, data) as (user, mounts):
+        if inside.model(IN_IMAGE).startswith("/"):
+            inside = msgspec.structs.replace(inside, source=inside.model(IN_IMAGE))
+        elif _compose("run", "--rm", "fetch", inside.source):
+            raise UserError(f"{inside.source} is not here; see above.")
+        told = {"ENTRY": json.dumps(msgspec.to_builtins(inside)), "METHOD": method, "DATA": ROWS if data else ""}
+        told |= {"MAX_PERPLEXITY_LOSS": str(most_loss), "MODELS_DIR": str(composed.own)}
         variables = [part for name, value in told.items() for part in ("-e", f"{name}={value}")]
-        if _compose("--profile", "tools", "run", "--rm", "--user", user, *variables, "quantize"):
-            raise UserError(f"No {copy.name} was registered; see above.")
+        options = ("--rm", "--build", "--user", user, *mounts, *variables)
+        if status := _compose("--profile", "tools", "run", *options, "quantize"):
+            why = "it was killed: more than WORKER_MEMORY?" if status == KILLED else "see above"
+            raise UserError(f"No {copy.name} was registered; {why}.")
     new = register(path, copy, entry)
     print(
         f"{copy.source}: the checkpoint, its card README.md\n"
@@ -59,14 +73,27 @@ def quantize(model: str, method: str, data: str, most_loss: float) -> None:
     )
 
 
-def served() -> str:
-    """What compose serves where no models.yaml says it: MODEL of .env, or its default. Raises UserError."""
-    done = subprocess.run(
-        ["docker", "compose", "config", "--format", "json"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise UserError(f"docker compose config: {done.stderr.strip()}")
-    return str(json.loads(done.stdout)["services"]["worker"]["environment"]["MODEL"])
+def look() -> Composed:
+    """Ask compose. Raises UserError."""
+    found = json.loads(_asked("--profile", "tools", "config", "--format", "json"))["services"]
+    own = next(Path(one["source"]) for one in found["quantize"]["volumes"] if one["target"] == str(OWN))
+    return Composed(own, "deploy" in found["quantize"], found.get("worker", {}).get("environment", {}))
+
+
+def chosen(model: str, method: str, known: Sequence[Entry], composed: Composed) -> Entry:
+    """What MODEL names; nothing: the first of models.yaml, else what compose serves. Raises UserError."""
+    ours = [one for one in known if one.engine == "vllm"]
+    if model or ours:
+        said = on_this_host(model or ours[0].name, composed.own)
+        return source.find(said, method, known, os.environ.get("MODEL_REVISION", ""))
+    if not composed.worker:
+        raise UserError("MODEL=(nothing), and neither models.yaml nor compose.yaml serves one. MODEL=org/model")
+    worker = {"MODEL_REVISION": "", "SERVED_MODEL_NAME": "", **composed.worker}
+    found = source.find(on_this_host(worker["MODEL"], composed.own), method, known, worker["MODEL_REVISION"])
+    return source.checked(msgspec.to_builtins(found) | {
+        "name": served_name(worker["SERVED_MODEL_NAME"], worker["MODEL"]),
+        "gpus": int(worker.get("TENSOR_PARALLEL_SIZE") or 1),
+    })  # fmt: skip
 
 
 def on_this_host(model: str, own: Path) -> str:
@@ -77,37 +104,50 @@ def on_this_host(model: str, own: Path) -> str:
     return str(own / folder.relative_to(OWN)) if folder.is_relative_to(OWN) else model
 
 
-def _stopped() -> None:
-    """Raise UserError while others have the GPUs' memory."""
-    done = subprocess.run(
-        ["docker", "compose", "ps", "--services", "--status", "running"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    running = [name for name in done.stdout.split() if name.startswith(HAVE_GPUS)]
+def _has_gpus(entry: Entry) -> None:
+    """Raise UserError while others have the GPUs' memory, and for a model that this image has not."""
+    if entry.source == BUNDLED:
+        raise UserError("The image for GPUs has no bundled model. MODEL=org/model, or a name in models.yaml.")
+    running = [name for name in _asked("ps", "--services", "--status", "running").split() if name.startswith(HAVE_GPUS)]
     if running:
         raise UserError(f"The gate needs the GPU: docker compose stop {' '.join(running)}; start them again afterwards")
 
 
 @contextmanager
-def _lent(own: Path, data: str) -> Iterator[tuple[str, str]]:
-    """(user:group that has MODELS_DIR, where the container sees a copy of DATA). Raises UserError."""
+def _lent(own: Path, data: str) -> Iterator[tuple[str, list[str]]]:
+    """(user:group that has MODELS_DIR, the mount of a copy of DATA that it can read). Raises UserError."""
+    me = os.geteuid()
     try:
         own.mkdir(parents=True, exist_ok=True)
-        if own.stat().st_uid == 0 == os.geteuid():
+        if own.stat().st_uid == 0 == me:
             os.chown(own, USER, USER)
-        uid, gid = own.stat().st_uid, own.stat().st_gid
-        if uid == 0:
-            raise UserError(f"{own} (MODELS_DIR) is root's. Make it yours: sudo chown $(id -u):$(id -g) {own}")
-        with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=own) as work:
+        has = own.stat()
+        if me not in (0, has.st_uid):
+            raise UserError(f"{own} (MODELS_DIR) is not yours: sudo chown $(id -u):$(id -g) {own}")
+        if has.st_uid != USER and has.st_mode & 0o005 != 0o005:
+            raise UserError(f"Workers (user {USER}) cannot read {own} (MODELS_DIR): chmod o+rx {own}")
+        with tempfile.TemporaryDirectory(prefix="owngpt-") as work:
             rows = Path(work, "rows.jsonl")
             if data:
                 shutil.copyfile(data, rows)
-            if os.geteuid() == 0:
-                for lent in (Path(work), *Path(work).iterdir()):
-                    os.chown(lent, uid, gid)
-            yield f"{uid}:{gid}", str(OWN / rows.relative_to(own)) if data else ""
+                rows.chmod(0o400)
+                if me == 0:
+                    os.chown(rows, has.st_uid, has.st_gid)
+            yield f"{has.st_uid}:{has.st_gid}", ["-v", f"{rows}:{ROWS}:ro"] if data else []
     except OSError as error:
         raise UserError(f"{error.filename or own}: {error.strerror}") from error
+
+
+def _asked(*arguments: str) -> str:
+    """What a docker compose says. Raises UserError."""
+    line = ["docker", "compose", *arguments]
+    try:
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"docker: {error.strerror}") from error
+    if done.returncode:
+        raise UserError(f"docker compose {arguments[0]}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def _compose(*arguments: str) -> int:
@@ -119,18 +159,26 @@ def _compose(*arguments: str) -> int:
         signal.signal(signal.SIGINT, before)
 
 
+def _loss(said: str) -> float:
+    """MAX_PERPLEXITY_LOSS. Raises UserError."""
+    try:
+        if (found := float(said or 0.05)) >= 0:
+            return found
+    except ValueError:
+        pass
+    raise UserError(f"MAX_PERPLEXITY_LOSS={said}: a share that is not negative, like 0.05 for five percent.")
+
+
 def main() -> None:
     """The command: MODEL, METHOD, DATA, MAX_PERPLEXITY_LOSS in the environment, as make quantize takes them."""
     told = os.environ
+    method = told.get("METHOD", "").strip().lower()
     try:
-        quantize(
-            told.get("MODEL", ""),
-            told.get("METHOD", "").strip().lower(),
-            told.get("DATA", ""),
-            float(told.get("MAX_PERPLEXITY_LOSS") or 0.05),
-        )
-    except (UserError, ValueError) as error:
+        quantize(told.get("MODEL", ""), method, told.get("DATA", ""), _loss(told.get("MAX_PERPLEXITY_LOSS", "")))
+    except UserError as error:
         sys.exit(f"owngpt: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

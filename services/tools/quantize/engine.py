@@ -86,8 +86,12 @@ def _await(http: httpx.Client, process: subprocess.Popen[bytes], log: Path, bega
             if http.get("/health").is_success:
                 return
         time.sleep(0.2)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
-    raise UserError(f"The engine did not start (status {process.poll()}). The end of {log}:\n{tail}")
+    raise UserError(f"The engine did not start (status {process.poll()}). The end of {log}:\n{end_of(log)}")
+
+
+def end_of(log: Path) -> str:
+    """Its last lines."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-8:])
 
 
 def longest(engine: Engine) -> int:

@@ -24,7 +24,7 @@ from services.local import places
 from services.local.catalog import Catalog, Entry
 from services.local.errors import UserError
 from services.local.plan import ROOT, Dials
-from services.tools.quantize import card, gate, source, texts
+from services.tools.quantize import card, engine, gate, source, texts
 from services.tools.quantize.gate import Verdict
 
 PYTHON = ROOT / ".venv-quantize/bin/python"
@@ -35,25 +35,23 @@ NEEDS_TIMES = 3
 
 
 def make(
-    entry: Entry, method: str, data: Path | None, most_loss: float, dials: Dials, console: Console
+    entry: Entry, method: str, rows: texts.Split, most_loss: float, dials: Dials, console: Console
 ) -> tuple[Entry, Path]:
-    """The copy's entry and its folder, below `dials.models`. The original is on this machine.
+    """The copy's entry and its folder, below `dials.models`. The original is on this machine; whoever calls is `alone`.
 
     Raises UserError: a wrong input, no room, or more lost than is allowed.
     """
     target = dials.models / source.copy_name(entry, method)
     copy = source.copy_of(entry, method, target)
-    calibrated, measured = texts.split(data)
     of = (entry.model(dials.models), entry.revision)
     if checkpoint.config(*of).get("quantization_config"):
         raise UserError(f"MODEL={entry.name} is {checkpoint.format_name(*of)} already; quantise the original.")
-    with _alone(target):
-        made = digest(entry, method, calibrated)
-        if not _is_made(target, made, entry, dials):
-            _room(entry, dials)
-            _make(entry, method, calibrated, target, made, dials, console)
-        verdict = _measured([entry, copy], measured, dials, console)
-        card.measured(target, verdict, copy.name)
+    made = digest(entry, method, rows.calibrated)
+    if not _is_made(target, made, entry, dials):
+        _room(entry, dials)
+        _make(entry, method, rows.calibrated, target, made, dials, console)
+    verdict = _measured([entry, copy], rows.measured, dials, console)
+    card.measured(target, verdict, copy.name)
     console.print(_picture(verdict, copy.name))
     if not verdict.loss <= most_loss:  # also what is no number
         raise UserError(
@@ -65,7 +63,7 @@ def make(
 
 
 @contextlib.contextmanager
-def _alone(target: Path) -> Iterator[None]:
+def alone(target: Path) -> Iterator[None]:
     """Nobody else makes this copy. Raises UserError."""
     with open(target.with_name(f".{target.name}.lock"), "w") as lock:
         try:
@@ -124,7 +122,8 @@ def _make(
             preexec_fn=tie_to_parent,
         )
         if ran.returncode:
-            raise UserError(f"{entry.name} could not be quantised by {method}; see above.")
+            killed = ", killed: out of memory?" if ran.returncode < 0 else "; see above"
+            raise UserError(f"{entry.name} could not be quantised by {method}{killed}.")
         how: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
         card.made(out, model, entry.revision, method, how, made)
         for extra in ("generation_config.json", "chat_template.jinja"):
@@ -165,7 +164,9 @@ def _measured(entries: Sequence[Entry], rows: list[dict[str, Any]], dials: Dials
                 raise UserError(f"The {what} model's engine refuses: {error.response.text[:300]}") from error
             except httpx.HTTPError as error:
                 name = type(error).__name__
-                raise UserError(f"The {what} model's engine stopped answering ({name}); see {log}.") from error
+                raise UserError(
+                    f"The {what} model's engine stopped answering ({name}). The end of {log}:\n{engine.end_of(log)}"
+                ) from error
             progress.update(task, completed=1.0, description=what)
     return gate.judge(*seen)
 

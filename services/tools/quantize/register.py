@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 from pathlib import Path
 
 import msgspec
@@ -11,6 +10,7 @@ import yaml
 from common.files import write_whole
 from services.local import catalog
 from services.local.catalog import Entry
+from services.local.errors import UserError
 
 HEAD = "# What this stack serves. Made by `make quantize`; more can stand here: examples/models.yaml.\nmodels:\n"
 
@@ -18,25 +18,36 @@ HEAD = "# What this stack serves. Made by `make quantize`; more can stand here: 
 def register(path: Path, new: Entry, original: Entry) -> bool:
     """Add an entry; where no models.yaml is, make one with the `original` before it.
 
-    Returns False when there is such an entry already. Raises UserError when the file is wrong, or would be; then it is
-    as it was.
+    Returns False when there is such an entry already. Raises UserError when the file is wrong, or would be, or cannot
+    be written; then it is as it was.
     """
-    folder = os.open(path.resolve().parent, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # two that end at once: each reads what the other wrote
-        return _register(path, new, original)
-    finally:
-        os.close(folder)
+        whole = path.resolve()  # a link stays one
+        with open(whole.with_name(f".{whole.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two that end at once: each reads what the other wrote
+            return _register(whole, new, original)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. The entry would be: {shown(new)}") from error
 
 
-def _register(path: Path, new: Entry, original: Entry) -> bool:
+def check(path: Path, new: Entry) -> bool:
+    """Whether models.yaml has such an entry. Raises UserError when it has another one of that name."""
     if not path.exists():
+        return False
+    there = next((one for one in catalog.read(path).models if (one.name, one.engine) == (new.name, "vllm")), None)
+    if there is not None and Path(there.source).resolve() != Path(new.source).resolve():
+        raise UserError(f"{path} has a model {new.name!r} already, in {there.source}; the copy is {new.source}. "
+                        "Remove the entry, or name one of them otherwise.")
+    return there is not None
+
+
+def _register(whole: Path, new: Entry, original: Entry) -> bool:
+    if not whole.exists():
         text = f"{HEAD}  - {shown(original)}\n  - {shown(new)}\n"
-    elif any(entry.name == new.name and entry.engine == "vllm" for entry in catalog.read(path).models):
+    elif check(whole, new):
         return False
     else:
-        text = inserted(path.read_text(), f"- {shown(new)}")
-    whole = path.resolve()  # a link stays one
+        text = inserted(whole.read_text(), f"- {shown(new)}")
     tried = whole.with_name(f".{whole.name}.tried")
     try:
         tried.write_text(text)

@@ -1,11 +1,11 @@
 """What MODEL names, as an entry of models.yaml, and the entry of its quantised copy."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
+from common.checkpoint import served_name
 from services.local import catalog
 from services.local import model as bundled
 from services.local.catalog import Entry
@@ -14,12 +14,10 @@ from services.local.errors import UserError
 METHODS = ("w8a8", "gptq", "awq")
 
 
-def find(model: str, method: str, known: Sequence[Entry]) -> Entry:
-    """MODEL: a name in models.yaml (`known`), `bundled`, a folder, or a hub name. Raises UserError."""
+def find(model: str, method: str, known: Sequence[Entry], revision: str) -> Entry:
+    """MODEL: a name in models.yaml (`known`), bundled, a folder, or a hub name (at `revision`). Raises UserError."""
     if method not in METHODS:
-        raise UserError(
-            f"METHOD={method or '(nothing)'}: {', '.join(METHODS)}. make quantize MODEL=bundled METHOD=w8a8"
-        )
+        raise UserError(f"METHOD={method or '(nothing)'}: one of {', '.join(METHODS)}.")
     for entry in known:
         if entry.name == model and entry.engine == "vllm":
             return entry
@@ -27,15 +25,13 @@ def find(model: str, method: str, known: Sequence[Entry]) -> Entry:
         return Entry(name=bundled.NAME)
     folder = Path(model).expanduser()
     if (folder / "config.json").is_file():
-        return checked({"name": folder.resolve().name, "source": str(folder.resolve())})
+        return checked({"name": served_name("", str(folder.resolve())), "source": str(folder.resolve())})
     if folder.is_absolute() or model.startswith((".", "~")) or "/" not in model:
         names = ", ".join(entry.name for entry in known)
         raise UserError(f"MODEL={model}: neither bundled, nor one of models.yaml's ({names}), nor a checkpoint folder.")
-    hub, _, revision = model.partition("@")
-    revision = revision or os.environ.get("MODEL_REVISION", "")
-    return checked({
-        "name": hub.rpartition("/")[2].lower(), "source": f"{hub}@{revision}" if revision else hub,
-    })  # fmt: skip
+    hub, _, at = model.partition("@")
+    at = at or revision
+    return checked({"name": served_name("", hub), "source": f"{hub}@{at}" if at else hub})
 
 
 def copy_of(entry: Entry, method: str, folder: Path) -> Entry:

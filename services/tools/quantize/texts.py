@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import dataset
 from services.local.errors import UserError
@@ -15,11 +15,17 @@ MEASURED_EVERY = 3
 LEAST = 6
 
 
-def split(data: Path | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(to calibrate with, to measure on): rows with `text` or `messages`. Raises UserError for a file that is none."""
+class Split(NamedTuple):
+    """Rows with `text` or `messages`."""
+
+    calibrated: list[dict[str, Any]]
+    measured: list[dict[str, Any]]
+
+
+def split(data: Path | None) -> Split:
+    """What to calibrate with, and what to measure on. Raises UserError for a file that is none."""
     rows = documents() if data is None else owned(data)
-    measured = rows[::MEASURED_EVERY]
-    return [row for at, row in enumerate(rows) if at % MEASURED_EVERY], measured
+    return Split([row for at, row in enumerate(rows) if at % MEASURED_EVERY], rows[::MEASURED_EVERY])
 
 
 def owned(data: Path) -> list[dict[str, Any]]:

@@ -186,7 +186,7 @@ def environment(settings: WorkerSettings) -> dict[str, str]:
     else:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
         env["VLLM_CPU_OMP_THREADS_BIND"] = bind(settings)
-        env["NUMBA_THREADING_LAYER"] = "workqueue"  # n-gram speculation; its others leave OpenMP one thread for the model
+        env["NUMBA_THREADING_LAYER"] = "workqueue"  # n-gram drafts; its others leave OpenMP one thread
         if forks(settings):
             env |= serve.environment(bind(settings))
     return env
