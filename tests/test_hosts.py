@@ -288,6 +288,12 @@ class TestCompose:
         file.write_text("models: [{name: b}]\n")
         with pytest.raises(fetch.Refused, match="make apply"):
             fetch.check_drift()
+        (tmp_path / "config.json").write_text("{}")
+        monkeypatch.setattr(sys, "argv", ["fetch", str(tmp_path)])
+        fetch.main()  # one that is named has nothing to do with the file
+        monkeypatch.setattr(sys, "argv", ["fetch"])
+        with pytest.raises(SystemExit, match="make apply"):
+            fetch.main()
 
     def test_a_folder_that_containers_do_not_see(self, made: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
         other = tmp_path_factory.mktemp("other")
