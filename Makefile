@@ -10,13 +10,13 @@
 # make plan    what fits on which GPU, how fast, at what price (MODEL=org/name GPU="RTX 4090" GPUS=1 TOKENS=8192)
 # make backup  everything in one archive, while it runs             make restore FROM=…   into an empty STATE_DIR
 # make test    everything that can be tested here                   make check    linters and types
-# make bench   the figures of docs/log.md (bench-kv, -lifecycle, -observability, -faults, -hosts: of their parts)
+# make bench   the figures of docs/log.md (bench-kv, -lifecycle, -observability, -faults, -hosts, -engines, -scale: of their parts)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 # Dials on the command line (make up WORKERS=2) reach the programs by themselves: make exports them.
 
-.PHONY: help up env key keys revoke doctor plan quantize quantize-compose compare profile apply apply-compose restart restart-compose backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts bench-engines check-cuda check-gpu base-images clean
+.PHONY: help up env key keys revoke doctor plan quantize quantize-compose compare profile apply apply-compose restart restart-compose backup restore top finetune test check bench bench-kv bench-lifecycle bench-observability bench-faults bench-hosts bench-engines bench-scale check-cuda check-gpu base-images clean
 
 help:
 	@sed -n '1,13s/^# //p' Makefile
@@ -132,6 +132,9 @@ bench-hosts: .venv/.test-ready
 
 bench-engines: .venv/.test-ready
 	@$(PY) -m bench engines $(BENCH)
+
+bench-scale: .venv/.test-ready
+	@$(PY) -m bench scale $(BENCH)
 
 bench-observability: .venv/.test-ready
 	@$(PY) -m bench observability $(BENCH)

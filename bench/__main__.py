@@ -1,14 +1,14 @@
-"""`python -m bench [stack|kv|lifecycle|observability|faults|hosts|engines]`: run a set of figures, print its table, write bench/results/NAME.json."""
+"""`python -m bench [stack|kv|lifecycle|observability|faults|hosts|engines|scale]`: run a set of figures, print its table, write bench/results/NAME.json."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from bench import engines, faults, hosts, kv, lifecycle, observability, stack
+from bench import engines, faults, hosts, kv, lifecycle, observability, scale, stack
 
 SETS = {"stack": stack, "kv": kv, "lifecycle": lifecycle, "observability": observability,
-        "faults": faults, "hosts": hosts, "engines": engines}
+        "faults": faults, "hosts": hosts, "engines": engines, "scale": scale}
 
 
 def main() -> int:

@@ -144,11 +144,6 @@ def models_path() -> Path:
     return Path(os.environ.get("MODELS_FILE") or ROOT / "models.yaml")
 
 
-def own_models() -> Path:
-    """MODELS_DIR, which containers see as /models/own."""
-    return (ROOT / dial("MODELS_DIR", "./models")).resolve()
-
-
 def main() -> None:
     """Write it. GPUS says how many GPUs the host has."""
     path = models_path()
@@ -156,7 +151,7 @@ def main() -> None:
         if not path.exists():
             raise UserError(f"There is no {path}; begin with: cp examples/models.yaml models.yaml")
         gpus = int(os.environ.get("GPUS") or 0) if dial("ACCELERATOR", "cpu") == "cuda" else 0
-        own = own_models()
+        own = (ROOT / dial("MODELS_DIR", "./models")).resolve()
         for file, made in ((WANTED, wanted(path, own)), (FILE, text(path, gpus, own))):
             write_whole([made.encode()], file)
         name_it(ROOT / ".env")
