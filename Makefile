@@ -134,7 +134,7 @@ bench-engines: .venv/.test-ready
 	@$(PY) -m bench engines $(BENCH)
 
 bench-scale: .venv/.test-ready
-	@$(PY) -m bench scale $(BENCH)
+	@$(PY) -m bench scale $(BENCH) && $(PY) -m bench.plot
 
 bench-observability: .venv/.test-ready
 	@$(PY) -m bench observability $(BENCH)

@@ -41,24 +41,37 @@ SEEDS = 5
 
 
 def simulated() -> dict[str, float]:
-    """All policies on a hundred workers, then the two that matter on a thousand, four gateways, without a tier."""
-    found: dict[str, Outcome] = {}
-    for workers, names in ((100, tuple(POLICIES)), (1000, ("least in flight", "prefix"))):
-        trace = traces.sessions(MANY, PER_WORKER_S * workers, LENGTH_S, seed=1)
-        for name in names:
-            began = time.monotonic()
-            found[name] = out = run(trace, Fleet(workers, 4, tier=False), A100, POLICIES[name])
-            print(f"  {workers:5} workers, {name:19} {shown(out)}  ({time.monotonic() - began:.0f} s)", flush=True)
-    trace = traces.sessions(MANY, PER_WORKER_S * 100, LENGTH_S, seed=1)
+    """All policies on a hundred workers, then the two that matter on a thousand; four gateways, no tier."""
+    found: dict[str, float] = {}
+    hundred = traces.sessions(MANY, PER_WORKER_S * 100, LENGTH_S, seed=1)
+    for name in POLICIES:
+        out = one_run(f"100 workers, {name}", hundred, Fleet(100, 4, tier=False), name)
+        slug = name.replace(" ", "_")
+        found |= {f"sim_p95_{slug}_s": round(out.p95_s, 3), f"sim_hits_{slug}": round(out.hit_rate, 3),
+                  f"sim_hottest_{slug}": round(out.hottest, 2)}
     for title, fleet in (
         ("each session one gateway", Fleet(100, 4, by_session=True, tier=False)),
         ("one gateway", Fleet(100, 1, tier=False)),
         ("a tenth of the workers slow", Fleet(100, 4, tier=False, slow=0.1)),
         ("two workers die", Fleet(100, 4, tier=False, deaths=((20.0, 3), (40.0, 7)))),
     ):
-        print(f"    100 workers, prefix, {title:27} {shown(run(trace, fleet, A100, POLICIES['prefix']))}", flush=True)
-    best, least = found["prefix"], found["least in flight"]
-    return {"sim_prefix_gain": round(best.p95_s / least.p95_s, 3), "sim_hotspot": round(best.hottest, 3)}
+        out = one_run(f"100 workers, prefix, {title}", hundred, fleet, "prefix")
+        slug = title.replace(" ", "_")
+        found |= {f"sim_p95_{slug}_s": round(out.p95_s, 3), f"sim_hits_{slug}": round(out.hit_rate, 3)}
+    thousand = traces.sessions(MANY, PER_WORKER_S * 1000, LENGTH_S, seed=1)
+    best, least = (
+        one_run(f"1,000 workers, {name}", thousand, Fleet(1000, 4, tier=False), name) for name in ("prefix", "least in flight")
+    )
+    return found | {"sim_prefix_gain": round(best.p95_s / least.p95_s, 3), "sim_hotspot": round(best.hottest, 3),
+                    "sim_hits_1000": round(best.hit_rate, 3)}
+
+
+def one_run(title: str, trace: Sequence[Session], fleet: Fleet, policy: str) -> Outcome:
+    """One, and its line."""
+    began = time.monotonic()
+    out = run(trace, fleet, A100, POLICIES[policy])
+    print(f"  {title:50} {shown(out)}  ({time.monotonic() - began:.0f} s)", flush=True)
+    return out
 
 
 def shown(out: Outcome) -> str:
