@@ -14,9 +14,11 @@ import httpx
 import numpy as np
 
 from bench import traces
-from bench.simulate import POLICIES, Fleet, Outcome, run
+from bench.kv import BLOCK_TOKENS, RAW_BYTES_PER_TOKEN
+from bench.simulate import POLICIES, Fleet, Outcome, p95, run
 from bench.simulated_engine import Speed
 from bench.traces import Session, Shape
+from services.worker.vllm.command import CPU_SEQUENCES
 from tests.up import MODEL, Up, started
 
 A100 = Speed(
@@ -33,8 +35,7 @@ LENGTH_S = 60.0
 FEW = Shape(applications=6, system_tokens=300, turns=3, question_tokens=40, answer_tokens=30, pause_s=4)
 REAL_PER_S, REAL_LENGTH_S, REAL_RUNS = 0.16, 150.0, 2
 REAL_GIB = 1
-KV_BYTES_PER_TOKEN = 23040
-BLOCK_TOKENS, STEP_TOKENS, SLOTS = 128, 2048, 64
+STEP_TOKENS = 2048
 """Of vLLM on a CPU, with KV_TIER=off."""
 LENGTHS = (100, 400, 800, 1600)
 SEEDS = 5
@@ -88,16 +89,11 @@ def against_reality() -> dict[str, float]:
         runs = [traces.sessions(FEW, REAL_PER_S, REAL_LENGTH_S, seed) for seed in range(1, REAL_RUNS + 1)]
         real = [asyncio.run(replay(up, trace)) for trace in runs]
     simulated_ = [run(trace, Fleet(2, 1, tier=False), speed, POLICIES["prefix"], seed) for trace in runs for seed in range(SEEDS)]
-    p95 = {name: percentile([t for one in every for t in one.ttft_s]) for name, every in (("real", real), ("simulated", simulated_))}
+    ttft = {name: p95([t for one in every for t in one.ttft_s]) for name, every in (("real", real), ("simulated", simulated_))}
     hits = {name: statistics.mean(one.hit_rate for one in every) for name, every in (("real", real), ("simulated", simulated_))}
-    print(f"  TTFT p95 {p95}, hit rate {hits}, {sum(len(one.ttft_s) for one in real)} requests", flush=True)
+    print(f"  TTFT p95 {ttft}, hit rate {hits}, {sum(len(one.ttft_s) for one in real)} requests", flush=True)
     return {"sim_hit_rate_error_points": round(100 * abs(hits["simulated"] - hits["real"]), 2),
-            "sim_ttft_error": round(abs(p95["simulated"] / p95["real"] - 1), 3)}
-
-
-def percentile(values: Sequence[float]) -> float:
-    """The 95th."""
-    return statistics.quantiles(values, n=20)[-1]
+            "sim_ttft_error": round(abs(ttft["simulated"] / ttft["real"] - 1), 3)}
 
 
 class Seen(NamedTuple):
@@ -164,8 +160,8 @@ async def calibrated(up: Up) -> Speed:
     print(f"  a step of one and of eight: {steps}; TTFT by prompt: {took}", flush=True)
     rows = np.array([[length, length**2 / 2] for length in LENGTHS])
     read, attend = np.linalg.lstsq(rows, np.array([took[length] - base for length in LENGTHS]), rcond=None)[0]
-    blocks = REAL_GIB * 2**30 // KV_BYTES_PER_TOKEN // BLOCK_TOKENS
-    return Speed(base, max(0.0, decode), float(read), max(0.0, float(attend)), 0.0, STEP_TOKENS, SLOTS, BLOCK_TOKENS, blocks)
+    blocks = REAL_GIB * 2**30 // RAW_BYTES_PER_TOKEN // BLOCK_TOKENS
+    return Speed(base, max(0.0, decode), float(read), max(0.0, float(attend)), 0.0, STEP_TOKENS, CPU_SEQUENCES, BLOCK_TOKENS, blocks)
 
 
 async def replay(up: Up, trace: Sequence[Session]) -> Seen:

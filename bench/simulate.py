@@ -19,6 +19,7 @@ import simpy
 
 from bench.simulated_engine import Engine, Events, Job, Speed
 from bench.traces import Session
+from common.redis.names import HEARTBEAT_TTL_MS
 from common.workers import Heartbeat, Pool, Worker
 from gateway import routing
 
@@ -26,7 +27,7 @@ MODEL = "m"
 BEAT_S = 0.2
 BEAT_GROUPS = 10
 """Heartbeats come spread over BEAT_S, in so many groups."""
-TTL_S = 3.0
+TTL_S = HEARTBEAT_TTL_MS / 1000
 RETRIES = 3
 RING_POINTS = 100
 
@@ -103,6 +104,11 @@ def _point(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
 
 
+def p95(values: Sequence[float]) -> float:
+    """The 95th percentile."""
+    return statistics.quantiles(values, n=20)[-1]
+
+
 class Fleet(NamedTuple):
     """How many of what."""
 
@@ -132,7 +138,7 @@ class Outcome(NamedTuple):
     @property
     def p95_s(self) -> float:
         """Of time to first token."""
-        return statistics.quantiles(self.ttft_s, n=20)[-1]
+        return p95(self.ttft_s)
 
 
 def run(trace: Sequence[Session], fleet: Fleet, speed: Speed, policy: Policy, seed: int = 0) -> Outcome:

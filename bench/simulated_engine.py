@@ -47,7 +47,7 @@ class Engine:
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.cache: OrderedDict[int, None] = OrderedDict()
-        self.busy_s, self.served, self.dead = 0.0, 0, False
+        self.busy_s, self.dead = 0.0, False
         self._wanted = env.event()
         env.process(self._steps())
 
@@ -59,7 +59,6 @@ class Engine:
     def take(self, job: Job) -> None:
         """A request comes in."""
         self.waiting.append(job)
-        self.served += 1
         if not self._wanted.triggered:
             self._wanted.succeed()
 

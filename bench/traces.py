@@ -5,7 +5,6 @@ after the last answer was whole. Sessions of one application begin with the same
 """
 
 import random
-from collections.abc import Sequence
 from typing import NamedTuple
 
 WORDS = [
@@ -75,8 +74,3 @@ def _turn(source: random.Random, shape: Shape, *, first: bool) -> Turn:
 
     pause = 0.0 if first else source.expovariate(1 / shape.pause_s)
     return Turn(words(source, some(shape.question_tokens)), some(shape.answer_tokens), pause)
-
-
-def tokens(trace: Sequence[Session]) -> int:
-    """Of all answers."""
-    return sum(turn.answer_tokens for session in trace for turn in session.turns)

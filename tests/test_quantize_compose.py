@@ -132,6 +132,18 @@ def test_what_failed_is_not_registered(tmp_path: Path, scripted: Docker) -> None
     assert not (tmp_path / "models.yaml").exists()
 
 
+def test_models_dir_may_be_a_link(tmp_path: Path, scripted: Docker) -> None:
+    """models.yaml's folders are read with links followed; so is MODELS_DIR."""
+    for name in ("mine", "mine-awq"):
+        copy(tmp_path, name)
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    scripted.own = tmp_path / "link"
+    scripted.answers()
+    (tmp_path / "models.yaml").write_text("models: [{name: mine, source: ./link/mine}]\n")
+    containers.quantize("mine", "awq", "", 0.05)
+    assert told(scripted.runs[0])["source"] == "/models/own/mine"
+
+
 @pytest.mark.parametrize(("wanted", "method", "data", "said"), [
     ("bundled", "int3", "", "METHOD=int3"), ("nobody", "awq", "", "neither bundled"), ("org/m", "awq", "/no/rows.jsonl", "/no/rows.jsonl: No such file"),
     ("ELSEWHERE", "awq", "", "containers do not see"), ("mine", "awq", "", "has a model 'mine-awq' already, in org/other"),

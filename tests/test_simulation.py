@@ -99,4 +99,4 @@ class TestTraces:
         in_bursts = sum(int(session.at_s / 15) % 4 == 3 for session in trace)
         assert 0.55 < in_bursts / len(trace) < 0.7, "a quarter of the time has five of eight"
         assert 3 < sum(len(session.turns) for session in trace) / len(trace) < 5
-        assert traces.tokens(trace) > 0
+        assert sum(turn.answer_tokens for session in trace for turn in session.turns) > 0

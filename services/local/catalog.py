@@ -5,6 +5,7 @@ of MODEL and WORKERS. Its JSON schema for editors is made from the classes here:
 """
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from msgspec import Meta
 from services.local import model as bundled
 from services.local.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = "bundled"
 SCHEMA = Path(__file__).parent / "models.schema.json"
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -90,6 +92,11 @@ class Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     def trained(self) -> Entry | None:
         """The model that fine-tuning jobs start from."""
         return next((e for e in self.models if e.task == "chat" and e.adapters and e.engine == "vllm"), None)
+
+
+def models_path() -> Path:
+    """Where models.yaml is, if there is one."""
+    return Path(os.environ.get("MODELS_FILE") or ROOT / "models.yaml")
 
 
 def read(path: Path) -> Catalog:

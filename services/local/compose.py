@@ -16,11 +16,10 @@ import yaml
 
 from common.files import write_whole
 from services.local import catalog, places
-from services.local.catalog import Catalog, Entry
+from services.local.catalog import ROOT, Catalog, Entry
 from services.local.errors import UserError
 from services.local.places import Place
 
-ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "models.compose.yaml"
 WANTED = ROOT / "models.wanted"
 IN_IMAGE = Path("/models")
@@ -139,14 +138,9 @@ def name_it(env: Path) -> None:
         file.write(("" if said.endswith("\n") or not said else "\n") + line)
 
 
-def models_path() -> Path:
-    """Where models.yaml is, if there is one."""
-    return Path(os.environ.get("MODELS_FILE") or ROOT / "models.yaml")
-
-
 def main() -> None:
     """Write it. GPUS says how many GPUs the host has."""
-    path = models_path()
+    path = catalog.models_path()
     try:
         if not path.exists():
             raise UserError(f"There is no {path}; begin with: cp examples/models.yaml models.yaml")

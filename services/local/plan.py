@@ -18,7 +18,7 @@ from services.local import model as bundled
 from services.local.catalog import Catalog, Entry
 from services.local.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = catalog.ROOT
 MIN_WORKER_PORTS = 16
 BEFORE_MODELS_FILE = ("MODEL", "MODEL_REVISION", "WORKERS", "SERVED_MODEL_NAME")
 """Dials that say what is served; with models.yaml they say nothing."""
@@ -91,7 +91,7 @@ class Dials:
 def read_dials() -> Dials:
     """The dials from the environment, and models.yaml if it is there. Raises UserError naming the bad one."""
     state = Path(os.environ.get("STATE_DIR") or ROOT / ".state").absolute()
-    file = models_path()
+    file = catalog.models_path()
     chosen = [name for name in BEFORE_MODELS_FILE if os.environ.get(name)]
     if file.exists():
         if chosen:
@@ -118,11 +118,6 @@ def _tls() -> Path | None:
         if not os.access(folder / name, os.R_OK):
             raise UserError(f"TLS_DIR={chosen}: there is no {name} in it that can be read.")
     return folder
-
-
-def models_path() -> Path:
-    """Where models.yaml is, if there is one."""
-    return Path(os.environ.get("MODELS_FILE") or ROOT / "models.yaml")
 
 
 def _one_model() -> Catalog:

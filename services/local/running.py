@@ -19,8 +19,9 @@ from rich.progress import Progress
 from supervisor.xmlrpc import SupervisorTransport
 
 from common.files import write_whole
+from services.local import catalog
 from services.local.errors import UserError
-from services.local.plan import BEFORE_MODELS_FILE, ROOT, Dials, Ports, models_path, read_dials
+from services.local.plan import BEFORE_MODELS_FILE, ROOT, Dials, Ports, read_dials
 from services.local.programs import programs, supervisor_config
 from services.local.workers import change, wanted, write
 
@@ -90,7 +91,7 @@ def recall(state: Path) -> tuple[Dials, Ports]:
     for name in dial_names():
         os.environ.pop(name, None)
     os.environ.update(known.dials | {"STATE_DIR": str(state)})
-    if models_path().exists():
+    if catalog.models_path().exists():
         for name in BEFORE_MODELS_FILE:
             os.environ.pop(name, None)
     return read_dials(), known.ports

@@ -9,12 +9,12 @@ import msgspec
 from rich.console import Console
 
 from services.local.catalog import Entry
+from services.local.compose import OWN
 from services.local.errors import UserError
 from services.local.plan import Dials, gpus_to_use
 from services.tools.quantize import making, source, texts
 
 STATE = Path("/tmp/state")  # noqa: S108 - a container's own
-OWN = "/models/own"
 
 
 def main() -> None:
@@ -23,6 +23,8 @@ def main() -> None:
     MODELS_DIR: what /models/own is called outside, for messages.
     """
     told = os.environ
+    if "ENTRY" not in told:
+        sys.exit("owngpt: this container is started by make quantize-compose METHOD=w8a8")
     entry, method = msgspec.convert(json.loads(told["ENTRY"]), Entry), told["METHOD"]
     data = Path(told["DATA"]) if told["DATA"] else None
     STATE.mkdir()
@@ -34,7 +36,7 @@ def main() -> None:
             making.make(entry, method, rows, float(told["MAX_PERPLEXITY_LOSS"]), dials, Console())
     except (UserError, OSError) as error:
         said = str(error)
-        for inside in (str(STATE / "models"), OWN):
+        for inside in (str(STATE / "models"), str(OWN)):
             said = said.replace(inside, told["MODELS_DIR"])
         sys.exit(f"owngpt: {said}")
     except KeyboardInterrupt:

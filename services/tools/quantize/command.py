@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from services.local.catalog import Catalog
+from services.local.catalog import Catalog, models_path
 from services.local.compose import FILE as FOR_CONTAINERS
 from services.local.models import bring_models
-from services.local.plan import Dials, models_path, read_dials
+from services.local.plan import Dials, read_dials
 from services.local.running import only_one
 from services.tools.quantize import making, source, texts
 from services.tools.quantize.register import check, register

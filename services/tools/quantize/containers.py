@@ -21,8 +21,8 @@ import msgspec
 from common.checkpoint import served_name
 from services.local import catalog
 from services.local import model as bundled
-from services.local.catalog import BUNDLED, Entry
-from services.local.compose import IN_IMAGE, OWN, ROOT, in_container, models_path
+from services.local.catalog import BUNDLED, ROOT, Entry, models_path
+from services.local.compose import IN_IMAGE, OWN, in_container
 from services.local.errors import UserError
 from services.tools.quantize import source
 from services.tools.quantize.register import check, register
@@ -76,7 +76,7 @@ def quantize(model: str, method: str, data: str, most_loss: float) -> None:
 def look() -> Composed:
     """Ask compose. Raises UserError."""
     found = json.loads(_asked("--profile", "tools", "config", "--format", "json"))["services"]
-    own = next(Path(one["source"]) for one in found["quantize"]["volumes"] if one["target"] == str(OWN))
+    own = next(Path(one["source"]).resolve() for one in found["quantize"]["volumes"] if one["target"] == str(OWN))
     return Composed(own, "deploy" in found["quantize"], found.get("worker", {}).get("environment", {}))
 
 
@@ -135,7 +135,7 @@ def _lent(own: Path, data: str) -> Iterator[tuple[str, list[str]]]:
                     os.chown(rows, has.st_uid, has.st_gid)
             yield f"{has.st_uid}:{has.st_gid}", ["-v", f"{rows}:{ROWS}:ro"] if data else []
     except OSError as error:
-        raise UserError(f"{error.filename or own}: {error.strerror}") from error
+        raise UserError(f"{error.filename or own}: {error.strerror or error}") from error
 
 
 def _asked(*arguments: str) -> str:
